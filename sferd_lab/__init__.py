@@ -1,0 +1,1 @@
+"""sferd_lab: learn and test diffusion distillation."""

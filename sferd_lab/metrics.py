@@ -1,0 +1,453 @@
+"""Scores of generated images, on the features of a small classifier trained in this project.
+
+A Frechet distance on such features is "FD-<network>", never "FID". Every score of a ``Scorer`` stands beside its floor: the same
+metric between disjoint sets of real images, at the same numbers of images. Feature arrays are (N, dim) float64.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sferd_lab.errors import SferdError
+from sferd_lab.files import load_tensors, save_tensors, sha256
+
+METRICS = ("fd", "kid", "precision", "recall", "density", "coverage", "memorisation_ratio")
+KIND = "feature network"
+# Distances and kernels are taken a block of rows at a time; a block has about this many entries (32 MiB).
+BLOCK = 2**22
+
+
+class FeatureNetwork(nn.Module):
+    """A small convolutional classifier whose penultimate activations are the features.
+
+    Images (N, channels, H, W) in [-1, 1] with H, W >= 8; logits (N, classes); features (N, dim). No layer depends on the batch.
+    Raises SferdError for channels < 1, classes < 2, dim outside 1 to 64 or width outside 4 to 256 or not a multiple of 4.
+    """
+
+    def __init__(self, channels: int, classes: int, dim: int = 64, width: int = 32) -> None:
+        super().__init__()
+        self.settings = {"channels": channels, "classes": classes, "dim": dim, "width": width}
+        if any(type(value) is not int for value in self.settings.values()):
+            raise SferdError(f"feature network settings {self.settings}; allowed: integers")
+        if channels < 1 or classes < 2 or not 1 <= dim <= 64 or not 4 <= width <= 256 or width % 4:
+            raise SferdError(
+                f"feature network settings {self.settings}; allowed: channels >= 1, classes >= 2, dim 1 to 64, width 4 to 256 in fours"
+            )
+        layers: list[nn.Module] = []
+        for inside, outside, stride in ((channels, width, 1), (width, 2 * width, 2), (2 * width, 2 * width, 1)):
+            layers += [nn.Conv2d(inside, outside, 3, stride, padding=1), nn.GroupNorm(4, outside), nn.SiLU()]
+        # 2 x 2 cells, not one: where a stroke lies tells a 6 from a 9.
+        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(8 * width, dim), nn.SiLU())
+        self.head = nn.Linear(dim, classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Penultimate activations, (N, dim)."""
+        return self.body(images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits, (N, classes)."""
+        return self.head(self.features(images))
+
+
+def _check_images(name: str, images: Tensor, real: bool) -> Tensor:
+    """``images`` clamped to [-1, 1]; SferdError unless (N >= 2, C, H, W), floating, finite and, for real ones, inside [-1, 1]."""
+    if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim != 4 or min(images.shape[2:]) < 8:
+        got = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        raise SferdError(f"{name} images: {got}; allowed: a floating-point tensor (N, C, H, W) with H, W >= 8")
+    if len(images) < 2:
+        raise SferdError(f"{name} images: {len(images)} of them; allowed: 2 or more")
+    if not bool(images.isfinite().all()):
+        raise SferdError(f"{name} images: {int((~images.isfinite()).sum())} values are not finite")
+    # Real images out of range mean a wrong scale (0 to 255?), which clamping would hide.
+    if real and images.abs().max() > 1 + 1e-4:
+        raise SferdError(f"{name} images run from {images.min().item():.6g} to {images.max().item():.6g}; allowed: -1 to 1")
+    return images.clamp(-1, 1)
+
+
+def _check_features(**arrays: np.ndarray) -> None:
+    """SferdError unless all are finite (N >= 2, dim) arrays of one dim."""
+    for name, array in arrays.items():
+        if array.ndim != 2 or len(array) < 2 or not np.isfinite(array).all():
+            raise SferdError(f"{name}: features of shape {array.shape}; allowed: (N, dim), N >= 2, all finite")
+    dims = {name: array.shape[1] for name, array in arrays.items()}
+    if len(set(dims.values())) > 1:
+        raise SferdError(f"features of different dims: {dims}; allowed: one dim for all")
+
+
+def train_feature_network(
+    images: Tensor, labels: Tensor, classes: int, *, dim: int = 64, seed: int = 0, steps: int = 400, batch_size: int = 64, lr: float = 2e-3
+) -> FeatureNetwork:
+    """A ``FeatureNetwork`` trained to name the ``labels`` (N,) in 0 .. classes - 1 of ``images`` (N, C, H, W) in [-1, 1].
+
+    AdamW, one-cycle learning rate, label smoothing 0.1, random shifts by up to an eighth of the side. On a CPU it is a function of its
+    arguments alone, and leaves the global random state as it was. Train it on images that no scored model trains on and that are not
+    the reference, so that training and reference images are alike to it. Raises SferdError for bad images, labels, steps or batch size.
+    """
+    images = _check_images("feature-training", images, real=True)
+    if labels.shape != (len(images),) or labels.is_floating_point() or labels.min() < 0 or labels.max() >= classes:
+        raise SferdError(f"labels: {labels.dtype} {tuple(labels.shape)}; allowed: {len(images)} integers from 0 to {classes - 1}")
+    # The one-cycle schedule divides by the length of its 30% warm-up, which is nought below 4 steps.
+    if steps < 4 or batch_size < 1:
+        raise SferdError(f"steps = {steps}, batch_size = {batch_size}; allowed: steps >= 4, batch_size >= 1")
+    with torch.random.fork_rng(devices=[]):
+        # The CPU's generator only: torch.manual_seed would reseed every GPU too, which this fork does not undo.
+        torch.default_generator.manual_seed(seed)
+        network = FeatureNetwork(images.shape[1], classes, dim).to(images.device)
+    generator = torch.Generator().manual_seed(seed)
+    optimiser = torch.optim.AdamW(network.parameters(), lr, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps)
+    height, width = images.shape[2:]
+    reach = max(1, min(height, width) // 8)
+    padded = F.pad(images, [reach] * 4, mode="replicate")
+    for _ in range(steps):
+        pick = torch.randint(len(images), (batch_size,), generator=generator)
+        rows, columns = torch.randint(2 * reach + 1, (2, batch_size, 1), generator=generator)
+        rows, columns = rows + torch.arange(height), columns + torch.arange(width)
+        # The slice between the index tensors puts the channels last.
+        batch = padded[pick[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        optimiser.zero_grad()
+        F.cross_entropy(network(batch), labels[pick].to(images.device), label_smoothing=0.1).backward()
+        optimiser.step()
+        schedule.step()
+    return network.requires_grad_(False)
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_feature_network(path: Path | str, network: FeatureNetwork, info: Mapping[str, Any]) -> None:
+    """Write ``network`` with its settings, a digest of its weights and the JSON-able ``info`` to one safetensors file."""
+    state = network.state_dict()
+    save_tensors(path, state, {"kind": KIND, "settings": network.settings, "weights": _digest(state), "info": dict(info)})
+
+
+def load_feature_network(path: Path | str) -> tuple[FeatureNetwork, str]:
+    """The network in a file of ``save_feature_network``, frozen, and the SHA-256 of the file in hexadecimal.
+
+    Raises SferdError when the file is missing, of another kind, or its weights are not those that were saved.
+    """
+    state, info = load_tensors(path)
+    if info.get("kind") != KIND or not isinstance(info.get("settings"), dict):
+        raise SferdError(f"{path} holds {info.get('kind')!r}; expected {KIND!r} with its settings")
+    if _digest(state) != info.get("weights"):
+        raise SferdError(f"{path} was altered: its weights do not have the digest that was saved with them")
+    try:
+        network = FeatureNetwork(**info["settings"])
+        network.load_state_dict(state)
+    except (TypeError, RuntimeError) as error:
+        raise SferdError(f"{path}: its weights do not fit its settings {info['settings']}: {error}") from None
+    return network.requires_grad_(False), sha256(path)
+
+
+@torch.no_grad()
+def extract(network: FeatureNetwork, images: Tensor, batch_size: int = 1000) -> np.ndarray:
+    """Features (N, dim), float64, of ``images`` (N, C, H, W), which are clamped to [-1, 1] first: a viewer would clamp them too.
+
+    Raises SferdError for images that are not floating-point, finite, at least two, or of the network's channels.
+    """
+    images = _check_images("scored", images, real=False)
+    if images.shape[1] != network.settings["channels"]:
+        raise SferdError(f"scored images have {images.shape[1]} channels; allowed: the network's {network.settings['channels']}")
+    parameter = next(network.parameters())
+    return np.concatenate([network.features(batch.to(parameter)).double().cpu().numpy() for batch in images.split(batch_size)])
+
+
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """|mean_a - mean_b|^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2) of features (N, dim) and (M, dim) (Dowson & Landau 1982).
+
+    Biased upwards by about 1/N: compare at one N. With S = R'R from a QR of the centred features, the last trace is the sum of the
+    singular values of R_a R_b': real whatever the rank, with no root of a rounded zero. Raises SferdError when N or M <= dim.
+    """
+    from scipy import linalg
+
+    _check_features(a=a, b=b)
+    dim = a.shape[1]
+    if min(len(a), len(b)) <= dim:
+        raise SferdError(f"Frechet distance of {len(a)} and {len(b)} images on {dim} features; allowed: more than {dim} images in each")
+    root_a, root_b = (linalg.qr(x - x.mean(0), mode="r")[0][:dim] / math.sqrt(len(x) - 1) for x in (a, b))
+    cross = linalg.svdvals(root_a @ root_b.T).sum()
+    return max(0.0, float(((a.mean(0) - b.mean(0)) ** 2).sum() + (root_a**2).sum() + (root_b**2).sum() - 2 * cross))
+
+
+def _blocks(rows: int, columns: int) -> Iterator[slice]:
+    step = max(1, BLOCK // columns)
+    return (slice(start, start + step) for start in range(0, rows, step))
+
+
+def _kernel_sums(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Row sums, column sums and sum of squares of (x.y/dim + 1)^3; without the diagonal when ``x is y``."""
+    rows, columns, squares = np.zeros(len(x)), np.zeros(len(y)), 0.0
+    for block in _blocks(len(x), len(y)):
+        kernel = (x[block] @ y.T / x.shape[1] + 1) ** 3
+        if x is y:
+            kernel[np.arange(len(kernel)), np.arange(block.start, block.start + len(kernel))] = 0
+        rows[block] = kernel.sum(1)
+        columns += kernel.sum(0)
+        squares += float(np.vdot(kernel, kernel))
+    return rows, columns, squares
+
+
+def kid(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    """Kernel distance and its standard error: unbiased MMD^2 with the kernel (x.y/dim + 1)^3 (Binkowski et al. 2018, section 3).
+
+    Features (N, dim) and (M, dim), N, M >= 4. All pairs are used, a block of rows at a time; the value may be negative.
+    The error is the jackknife over images, from the kernel's row sums. A jackknife counts the part of the variance that comes from
+    pairs (all of it where both distributions are equal) twice (Efron & Stein 1981), so that part, taken from what the row and
+    column means leave of the kernel, is counted once. Raises SferdError for fewer than 4 images.
+    """
+    _check_features(a=a, b=b)
+    if min(len(a), len(b)) < 4:
+        raise SferdError(f"KID of {len(a)} and {len(b)} images; allowed: 4 or more in each")
+    rows, columns, squares = _kernel_sums(a, b)
+    count, cross = len(a) * len(b), rows.sum()
+    leftover = squares - (rows**2).sum() / len(b) - (columns**2).sum() / len(a) + cross**2 / count
+    value, jackknife = -2 * cross / count, 0.0
+    pairs = 4 * leftover / ((len(a) - 1) * (len(b) - 1)) / count
+    for x, other, sums in ((a, b, rows), (b, a, columns)):
+        n = len(x)
+        inner, _, squares = _kernel_sums(x, x)
+        total = inner.sum()
+        value += total / (n * (n - 1))
+        # The value without image i, up to a constant.
+        without = (total - 2 * inner) / ((n - 1) * (n - 2)) - 2 * (cross - sums) / ((n - 1) * len(other))
+        jackknife += (n - 1) * without.var()
+        # Residual of k_ij = mean + g_i + g_j over i != j, on n (n - 3) degrees of freedom.
+        leftover = squares - 2 * (inner**2).sum() / (n - 2) + total**2 / ((n - 1) * (n - 2))
+        pairs += 2 * leftover / (n * (n - 3)) / (n * (n - 1))
+    return float(value), math.sqrt(max(0.0, jackknife - 2 * pairs) + max(0.0, pairs))
+
+
+def precision_recall_density_coverage(real: np.ndarray, fake: np.ndarray, k: int = 5) -> dict[str, float]:
+    """Precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020) of features (N, dim), (M, dim).
+
+    A ball reaches from an image to its k-th nearest neighbour in its own set. Precision: share of fakes in a real ball; density: number
+    of real balls a fake lies in, over k; recall: share of reals in a fake's ball; coverage: share of real balls with a fake inside. All
+    in [0, 1] but density, >= 0. Memory is bounded: a block of distances at a time. Raises SferdError unless 1 <= k < N, M.
+    """
+    from sklearn.metrics.pairwise import euclidean_distances
+    from sklearn.neighbors import NearestNeighbors
+
+    _check_features(real=real, fake=fake)
+    if not 1 <= k < min(len(real), len(fake)):
+        raise SferdError(f"k = {k} with {len(real)} real and {len(fake)} fake images; allowed: 1 to {min(len(real), len(fake)) - 1}")
+    # kneighbors() without an argument leaves out the image itself.
+    reach, fake_reach = (NearestNeighbors(n_neighbors=k, algorithm="brute").fit(x).kneighbors()[0][:, -1] for x in (real, fake))
+    balls, recalled, covered = np.zeros(len(fake)), 0, 0
+    for block in _blocks(len(real), len(fake)):
+        distances = euclidean_distances(real[block], fake)
+        inside = distances < reach[block, None]
+        balls += inside.sum(0)
+        covered += int(inside.any(1).sum())
+        recalled += int((distances < fake_reach).any(1).sum())
+    return {
+        "precision": float((balls > 0).mean()),
+        "recall": recalled / len(real),
+        "density": float(balls.mean() / k),
+        "coverage": covered / len(real),
+    }
+
+
+def memorisation_ratio(
+    fake: np.ndarray, train: np.ndarray, reference: np.ndarray, *, seed: int = 0, resamples: int = 200
+) -> tuple[float, float]:
+    """How near generated images lie to training images, over how near to equally many held-out ones; and its standard error.
+
+    Features (N, dim), (T, dim), (R, dim). 1: no nearer than to held-out images; below 1: nearer to the training set; 0: copies.
+    Equal size: a larger reference is cut to T random images. A larger training set is shuffled into B = floor(T/R) blocks of R images
+    (the T - BR left over are not used); the nearest distances to every block are pooled. A copy has its original in one block only, so
+    R/T of the pooled distances are a memoriser's zeros, which a median misses for T >= 2R: both sides are therefore taken at the
+    quantile R/(2T), the median where T <= R. Whatever the fakes, if they do not depend on which images were trained on, the blocks and
+    the reference are alike and the ratio is 1 but for sampling. The error is a bootstrap over the fakes: it leaves out the choice of
+    training and reference images, which the floor's spread has. Raises SferdError when the reference's quantile is 0.
+    """
+    from sklearn.metrics import pairwise_distances_argmin
+
+    _check_features(fake=fake, train=train, reference=reference)
+    rng = np.random.default_rng(seed)
+    size = min(len(train), len(reference))
+    level = size / (2 * len(train))
+    train = train[rng.permutation(len(train))]
+    held_out = reference[rng.permutation(len(reference))[:size]]
+
+    def nearest(images: np.ndarray) -> np.ndarray:
+        # Measured again from the index: the search's own distance of a copy is a rounded, not an exact, zero.
+        return np.linalg.norm(fake - images[pairwise_distances_argmin(fake, images)], axis=1)
+
+    to_train = np.stack([nearest(train[start : start + size]) for start in range(0, len(train) - size + 1, size)])
+    to_held_out = nearest(held_out)
+
+    def ratio(pick: np.ndarray | slice) -> float:
+        below = np.quantile(to_held_out[pick], level)
+        return float(np.quantile(to_train[:, pick], level) / below) if below > 0 else math.nan
+
+    value = ratio(slice(None))
+    if math.isnan(value):
+        raise SferdError(
+            f"memorisation ratio: at least {level:.0%} of the {len(fake)} fake images equal a reference image; allowed: fewer. "
+            "Are reference images among the generated or training images?"
+        )
+    return value, float(np.nanstd([ratio(rng.integers(len(fake), size=len(fake))) for _ in range(resamples)], ddof=1))
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of ``n`` generated images: its value, standard error (None: no sound one), and its floor on real images.
+
+    ``floor`` and ``floor_sd``: mean and standard deviation of the metric over splits of real images. ``features`` names the network.
+    """
+
+    metric: str
+    value: float
+    error: float | None
+    n: int
+    floor: float
+    floor_sd: float
+    features: str
+    features_sha256: str
+
+
+class Scorer:
+    """Scores generated images against ``reference``, real images (R, C, H, W) in [-1, 1] that neither model nor network trained on.
+
+    ``train`` (T, C, H, W) are the images that the scored model trained on; ``network``, ``sha256`` and ``name`` come from a feature
+    network's file. Raises SferdError for images out of range, R <= the network's dim, R <= k or fewer than 2 floor splits.
+    """
+
+    def __init__(
+        self,
+        network: FeatureNetwork,
+        sha256: str,
+        name: str,
+        reference: Tensor,
+        train: Tensor,
+        k: int = 5,
+        floor_splits: int = 20,
+        seed: int = 0,
+    ) -> None:
+        if floor_splits < 2:
+            raise SferdError(f"floor_splits = {floor_splits}; allowed: 2 or more, for a spread")
+        self.name, self.sha256, self.k, self.floor_splits, self.seed = name, sha256, k, floor_splits, seed
+        self.network, self.shape = network, tuple(reference.shape[1:])
+        self.reference = extract(network, _check_images("reference", reference, real=True))
+        self.train = extract(network, _check_images("training", train, real=True))
+        least = max(k, self.reference.shape[1])
+        if len(self.reference) <= least:
+            raise SferdError(f"{len(self.reference)} reference images; allowed: more than {least}, the larger of k and the network's dim")
+        self._floors: dict[int, dict[str, tuple[float, float]]] = {}
+
+    def _values(
+        self, fake: np.ndarray, reference: np.ndarray, train: np.ndarray, held_out: np.ndarray
+    ) -> dict[str, tuple[float, float | None]]:
+        values: dict[str, tuple[float, float | None]] = {"fd": (frechet_distance(fake, reference), None), "kid": kid(fake, reference)}
+        for name, value in precision_recall_density_coverage(reference, fake, self.k).items():
+            values[name] = (value, None)
+        values["memorisation_ratio"] = memorisation_ratio(fake, train, held_out, seed=self.seed)
+        return values
+
+    def floors(self, n: int) -> dict[str, tuple[float, float]]:
+        """Mean and standard deviation of every metric over random splits of the real images, ``n`` of them playing fakes.
+
+        A split shuffles training and reference images together: ``n`` fakes, then R reference images. For the memorisation ratio
+        what is left after the fakes is parted as T : R into a training set and held-out images, so its three sets are disjoint as well,
+        if smaller than the real ones: its spread is, if anything, too wide. Splits share images, so the spread is that of choosing among
+        these images. A floor at a smaller n would not be this score's floor, so n > T is an error. Computed once for each n.
+        """
+        sizes = {"train": len(self.train), "reference": len(self.reference)}
+        if n > sizes["train"]:
+            raise SferdError(
+                f"no floor for n = {n} images: it takes {n} + {sizes['reference']} disjoint real images, and there are "
+                f"{sizes['train']} training + {sizes['reference']} reference; allowed: n up to {sizes['train']}"
+            )
+        if n not in self._floors:
+            rng = np.random.default_rng([self.seed, n])
+            pool = np.concatenate([self.train, self.reference])
+            splits = []
+            for _ in range(self.floor_splits):
+                order = pool[rng.permutation(len(pool))]
+                rest = order[n:]
+                cut = round(len(rest) * sizes["reference"] / len(pool))
+                splits.append(self._values(order[:n], rest[: sizes["reference"]], rest[cut:], rest[:cut]))
+            table = {name: np.array([split[name][0] for split in splits]) for name in METRICS}
+            self._floors[n] = {name: (float(column.mean()), float(column.std(ddof=1))) for name, column in table.items()}
+        return self._floors[n]
+
+    def scores(self, fake: Tensor) -> list[Score]:
+        """One ``Score`` for each of ``METRICS``, in that order, of generated images (N, C, H, W), clamped to [-1, 1].
+
+        Raises SferdError for images of another shape than the reference's or not finite, and unless max(dim, k) < N <= T.
+        """
+        fake = _check_images("generated", fake, real=False)
+        if tuple(fake.shape[1:]) != self.shape:
+            raise SferdError(f"generated images have shape {tuple(fake.shape[1:])}; allowed: the reference's {self.shape}")
+        values = self._values(extract(self.network, fake), self.reference, self.train, self.reference)
+        floors = self.floors(len(fake))
+        return [Score(metric, *values[metric], len(fake), *floors[metric], self.name, self.sha256) for metric in METRICS]
+
+
+def score_samples(fake_images: Tensor, scorer: Scorer) -> list[Score]:
+    """``scorer.scores(fake_images)``: the seven scores of one set of generated images."""
+    return scorer.scores(fake_images)
+
+
+def known_bad(train: Tensor, labels: Tensor, n: int, seed: int = 0) -> dict[str, tuple[Tensor, str]]:
+    """Sets of ``n`` bad images made from real ones, and the metric that must catch each: a check of the metrics themselves.
+
+    ``train`` (T, C, H, W) in [-1, 1] and ``labels`` (T,). "blurred real": Gaussian blur, sigma side/12 pixels, seen by fd. "one class":
+    draws with replacement from the commonest label, seen by coverage (recall would fall for the repeats alone). "copies of training
+    images": as they are, seen by memorisation_ratio. Raises SferdError unless 2 <= n <= T.
+    """
+    from scipy.ndimage import gaussian_filter
+
+    train = _check_images("training", train, real=True)
+    if labels.shape != (len(train),) or not 2 <= n <= len(train):
+        raise SferdError(f"n = {n}, labels {tuple(labels.shape)}; allowed: n from 2 to {len(train)} and a label for each training image")
+    generator = torch.Generator().manual_seed(seed)
+    drawn, copies = (train[torch.randperm(len(train), generator=generator)[:n]] for _ in range(2))
+    same = train[labels == labels.mode().values]
+    sigma = min(train.shape[2:]) / 12
+    return {
+        "blurred real": (torch.from_numpy(gaussian_filter(drawn.cpu().numpy(), (0, 0, sigma, sigma), mode="nearest")), "fd"),
+        "one class": (same[torch.randint(len(same), (n,), generator=generator)], "coverage"),
+        "copies of training images": (copies, "memorisation_ratio"),
+    }
+
+
+def inception_fid(fake: Tensor, real: Tensor) -> float:
+    """FID proper (Heusel et al. 2017), by torch-fidelity's Inception network, of images (N, 1 or 3, H, W) in [-1, 1].
+
+    Clamped, rounded to 8 bits; grey is repeated to three channels. torch-fidelity fetches and reads its own weights.
+    Raises SferdError when the optional extra or its weights cannot be had.
+    """
+    pair = [_check_images(name, images, real=name == "real") for name, images in (("generated", fake), ("real", real))]
+    if any(images.shape[1] not in (1, 3) for images in pair):
+        raise SferdError(f"images of {[images.shape[1] for images in pair]} channels; allowed: 1 or 3")
+    hint = "pip install sferd-lab[fid], with the torchvision that was built for your torch"
+    try:
+        from torch_fidelity import calculate_metrics
+    # A torchvision built for another torch fails as it registers its operators, with a RuntimeError.
+    except (ImportError, RuntimeError) as error:
+        raise SferdError(f"FID needs torch-fidelity, which cannot be imported ({error}): {hint}") from None
+
+    def eight_bit(images: Tensor) -> torch.utils.data.Subset:
+        # Subset is only the Dataset that torch-fidelity insists on, around a bare tensor.
+        return torch.utils.data.Subset(((images.cpu() + 1) * 127.5).round().to(torch.uint8).expand(-1, 3, -1, -1), range(len(images)))
+
+    try:
+        result = calculate_metrics(input1=eight_bit(pair[0]), input2=eight_bit(pair[1]), fid=True, cuda=fake.is_cuda, verbose=False)
+    except OSError as error:
+        raise SferdError(f"FID needs the Inception weights, which torch-fidelity could not get ({error}): {hint}") from None
+    return float(result["frechet_inception_distance"])

@@ -1,0 +1,214 @@
+"""The semantic gradient predictor (SGP): an encoder, a predictor of the student's correction given its code, and a prior over codes.
+
+    z = E(x0),   h = G(student's features at (x_phi, phi), z),   v <- v_student + h
+
+In PDAE (Zhang et al. 2022) a predictor learns G = grad log p(z | x_phi), and x0_hat gains (sin^2/cos)(phi) G by Tweedie's formula. Its
+coefficient is 2e4 near pure noise, so the predictor here speaks velocity: x0_hat gains -sin(phi) h, with G = -(cos/sin)(phi) h. The same
+functions, a bounded coefficient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sferd_lab.data import Mixture
+from sferd_lab.denoiser import Denoiser, NetworkDenoiser, Prediction
+from sferd_lab.diffusion import Angle, angle_grid
+from sferd_lab.errors import SferdError
+from sferd_lab.sample import ddim
+from sferd_lab.unet import Capture, Decoder, Features, Middle, UNetSettings, angle_embedding, group_norm
+
+SGP_TARGETS = ("walk", "data", "conditional")
+
+
+class Encoder(nn.Module):
+    """E: images (B, C, H, W) to codes z (B, z_dim), standardised over the training distribution by a batch norm without parameters.
+
+    The standardisation is what gives a noise of given size on z a meaning.
+    """
+
+    def __init__(self, channels: int, z_dim: int, width: int = 32) -> None:
+        super().__init__()
+        self.settings = {"channels": channels, "z_dim": z_dim, "width": width}
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(channels, width, 3, padding=1),
+            group_norm(width),
+            nn.SiLU(),
+            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+            group_norm(2 * width),
+            nn.SiLU(),
+            nn.Conv2d(2 * width, 2 * width, 3, padding=1),
+            group_norm(2 * width),
+            nn.SiLU(),
+            nn.AdaptiveAvgPool2d(4),
+        )
+        self.code = nn.Linear(2 * width * 16, z_dim)
+        self.standardise = nn.BatchNorm1d(z_dim, affine=False)
+
+    @property
+    def z_dim(self) -> int:
+        """Size of a code."""
+        return self.code.out_features
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The codes of ``images``."""
+        return self.standardise(self.code(self.convolutions(images).flatten(1)))
+
+
+class GradientPredictor(nn.Module):
+    """G: the student's features and a code z to a velocity shift h; its own middle and decoder, told z by AdaGN, its head zero at first."""
+
+    def __init__(self, shape: UNetSettings, z_dim: int) -> None:
+        super().__init__()
+        self.middle = Middle("semantic.middle", shape.widths[-1], shape.emb_dim, shape.heads, z_dim)
+        self.decoder = Decoder(shape, z_dim)
+
+    def forward(self, features: Features, z: Tensor) -> Tensor:
+        """The shift h (B, C, H, W)."""
+        return self.decoder(features, self.middle(features.middle, features.emb, z), z)
+
+
+class SemanticDenoiser(Denoiser):
+    """A network denoiser corrected by G. Conditions: a code ``z`` (B, z_dim), or an ``image`` to encode, with ``z_noise`` added if given.
+
+    Base and predictor share one pass of the base's encoder.
+    """
+
+    def __init__(self, base: NetworkDenoiser, z_dim: int, encoder_width: int = 32) -> None:
+        super().__init__("gradient")
+        if z_dim < 1:
+            raise SferdError(f"z_dim = {z_dim}; allowed: 1 or more")
+        self.base = base
+        self.gradient = GradientPredictor(base.network.shape, z_dim)
+        self.encoder = Encoder(base.network.shape.channels, z_dim, encoder_width)
+        self.phi_lo, self.phi_hi = base.phi_lo, base.phi_hi
+
+    @property
+    def attention_layers(self) -> tuple[str, ...]:
+        """The base network's."""
+        return self.base.attention_layers
+
+    def nfe(self) -> Counter[str]:
+        """The base network's count and G's."""
+        return self.base.nfe() + Counter({self.role: self.evaluations})
+
+    def codes(self, z: Tensor | None, image: Tensor | None, z_noise: Tensor | None) -> Tensor:
+        """The codes from whichever was given; raises SferdError when neither or both were, or z has another size."""
+        if (z is None) == (image is None):
+            raise SferdError("a semantic denoiser needs exactly one of the conditions z and image")
+        if z is None:
+            z = self.encoder(image)
+            z = z if z_noise is None else z + z_noise
+        if z.ndim != 2 or z.shape[1] != self.encoder.z_dim:
+            raise SferdError(f"z has shape {tuple(z.shape)}; allowed: (B, {self.encoder.z_dim})")
+        return z
+
+    def predict(
+        self,
+        x: Tensor,
+        phi: Angle,
+        layers: Sequence[str] = (),
+        labels: Tensor | None = None,
+        z: Tensor | None = None,
+        image: Tensor | None = None,
+        z_noise: Tensor | None = None,
+    ) -> Prediction:
+        """The base's velocity plus h."""
+        z = self.codes(z, image, z_noise)
+        capture: Capture | None = dict.fromkeys(layers) if layers else None
+        network = self.base.network
+        features = network.encode(x, phi, labels, capture)
+        v = network.decoder(features, features.middle, None, capture) + self.gradient(features, z)
+        self.base.evaluations += 1
+        self.evaluations += 1
+        return Prediction.from_v(x, v, phi, {name: map_ for name, map_ in (capture or {}).items() if map_ is not None})
+
+
+class LatentDenoiser(Denoiser):
+    """The latent prior's network: an MLP whose every layer sees z again (Diff-AE's MLPSkipNet, Preechakul et al. 2022), predicting v."""
+
+    def __init__(self, z_dim: int, width: int = 256, depth: int = 4) -> None:
+        super().__init__("prior")
+        self.settings = {"z_dim": z_dim, "width": width, "depth": depth}
+        self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
+        self.layers = nn.ModuleList(nn.Linear(z_dim + (width if index else 0), width) for index in range(depth))
+        self.scales = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.head = nn.Linear(z_dim + width, z_dim)
+
+    def predict(self, x: Tensor, phi: Angle, layers: Sequence[str] = ()) -> Prediction:
+        """One pass; ``x`` (B, z_dim) is a noised code."""
+        self.evaluations += 1
+        phi = torch.as_tensor(phi, dtype=x.dtype, device=x.device).expand(len(x))
+        emb = F.silu(self.time(angle_embedding(phi, 64)))
+        h = x
+        for index, (layer, scale) in enumerate(zip(self.layers, self.scales, strict=True)):
+            h = layer(torch.cat([h, x], 1) if index else h)
+            h = F.silu(F.layer_norm(h, h.shape[1:]) * (1 + scale(emb)))
+        return Prediction.from_v(x, self.head(torch.cat([h, x], 1)), phi)
+
+
+class DiffusionPrior(nn.Module):
+    """Codes by a small diffusion model: DDIM in ``steps`` steps over standardised codes, then back to z's own mean and scale."""
+
+    def __init__(self, denoiser: LatentDenoiser, mean: Tensor, std: Tensor, steps: int = 20) -> None:
+        super().__init__()
+        self.denoiser, self.steps = denoiser, steps
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+        self.noise_dim = len(mean)
+
+    def from_noise(self, noise: Tensor) -> Tensor:
+        """Codes (B, z_dim) from standard normal noise (B, z_dim)."""
+        *_, last = ddim(self.denoiser, noise.to(self.mean.device), angle_grid(self.steps), None)
+        return last.x * self.std + self.mean
+
+    def nfe(self) -> Counter[str]:
+        """The latent network's evaluations so far."""
+        return self.denoiser.nfe()
+
+
+class MixturePrior(nn.Module):
+    """Codes from a Gaussian mixture, fitted by scikit-learn: no network evaluation at all."""
+
+    def __init__(self, weights: Tensor, means: Tensor, covariances: Tensor) -> None:
+        super().__init__()
+        Mixture(weights, means, covariances, tuple(means.shape[1:]))  # validates
+        self.register_buffer("weights", weights)
+        self.register_buffer("means", means)
+        self.register_buffer("covariances", covariances)
+        self.noise_dim = means.shape[1] + 1
+
+    @classmethod
+    def fit(cls, codes: Tensor, components: int, seed: int) -> MixturePrior:
+        """Maximum likelihood on ``codes`` (N, z_dim). Raises SferdError when there are fewer codes than components."""
+        from sklearn.mixture import GaussianMixture
+
+        if len(codes) < components:
+            raise SferdError(f"prior_components = {components} for {len(codes)} codes; allowed: at most one component a code")
+        fitted = GaussianMixture(components, random_state=seed, reg_covar=1e-3, max_iter=500).fit(codes.cpu().double().numpy())
+        return cls(*(torch.from_numpy(np.asarray(part)).float() for part in (fitted.weights_, fitted.means_, fitted.covariances_)))
+
+    def from_noise(self, noise: Tensor) -> Tensor:
+        """Codes (B, z_dim) from noise (B, z_dim + 1): the first number picks the component, the others place z within it."""
+        noise = noise.to(self.means.device)
+        uniform = 0.5 * (1 + torch.erf(noise[:, 0] / math.sqrt(2)))
+        component = torch.searchsorted(self.weights.cumsum(0), uniform).clamp_max(len(self.weights) - 1)
+        factor = torch.linalg.cholesky(self.covariances)[component]
+        return self.means[component] + torch.einsum("bij,bj->bi", factor, noise[:, 1:])
+
+    def nfe(self) -> Counter[str]:
+        """Nothing is evaluated."""
+        return Counter()
+
+
+def semantic_info(model: SemanticDenoiser) -> dict[str, Any]:
+    """What rebuilds E and G beside their base network."""
+    return {"z_dim": model.encoder.z_dim, "encoder_width": model.encoder.settings["width"]}

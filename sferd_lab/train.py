@@ -1,0 +1,237 @@
+"""One training loop for teacher, student, semantic predictor and prior: a generator that yields its state after every step.
+
+What a stage learns is its ``make_target`` (see ``distill``). Everything random in step k is a function of (seed, k), so the whole random
+state of a run is two integers, and a run that was stopped goes on to the same bytes on a CPU as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from sferd_lab.data import Split
+from sferd_lab.denoiser import Denoiser
+from sferd_lab.distill import LOSSES, Batch, Target, distillation_loss
+from sferd_lab.errors import SferdError
+from sferd_lab.files import load_tensors, save_tensors
+
+ANNEALS = ("constant", "linear", "cosine")
+PRECISIONS = ("no", "bf16", "fp16")
+DEVICES = ("auto", "cpu")
+CHECKPOINT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How a stage is trained. ``target_decay`` 0 is a stop-gradient target, otherwise the EMA decay of consistency's target network.
+
+    ``null_label`` replaces each label with probability ``label_dropout``; ``z_noise`` is the standard deviation of the noise on ``z_dim``
+    numbers that ``Batch.z_noise`` holds; ``checkpoint_every`` counts steps, 0 for none.
+    """
+
+    steps: int
+    batch_size: int = 64
+    lr: float = 1e-3
+    warmup: int = 50
+    anneal: str = "cosine"
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    ema_decay: float = 0.99
+    target_decay: float = 0.0
+    loss: str = "v"
+    label_dropout: float = 0.0
+    null_label: int = 0
+    z_dim: int = 0
+    z_noise: float = 0.0
+    checkpoint_every: int = 0
+    seed: int = 0
+    precision: str = "no"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("anneal", ANNEALS), ("precision", PRECISIONS), ("device", DEVICES), ("loss", LOSSES)):
+            if getattr(self, name) not in allowed:
+                raise SferdError(f"{name} = '{getattr(self, name)}'; allowed: {', '.join(allowed)}")
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise SferdError(f"{name} = {getattr(self, name)}; allowed: 1 or more")
+        for name in ("ema_decay", "target_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise SferdError(f"{name} = {getattr(self, name)}; allowed: 0 to below 1")
+        for name in ("lr", "clip"):
+            if not getattr(self, name) > 0:
+                raise SferdError(f"{name} = {getattr(self, name)}; allowed: above 0")
+
+    def lr_factor(self, step: int) -> float:
+        """Multiplier of the learning rate at ``step`` (from 0): linear warm-up, then constant, or linear or cosine down to 0."""
+        rise = min(1.0, (step + 1) / max(1, self.warmup))
+        remaining = 1 - step / self.steps
+        return rise * {"constant": 1.0, "linear": remaining, "cosine": 0.5 - 0.5 * math.cos(math.pi * remaining)}[self.anneal]
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """After ``step`` steps: the step's ``loss`` and ``lr``, the ``model`` being trained and its moving average ``ema``."""
+
+    step: int
+    loss: float
+    lr: float
+    model: Denoiser
+    ema: Denoiser
+
+
+MakeTarget = Callable[[Batch, Denoiser], Target]
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """The random stream of one training step."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]) >> 1)
+
+
+def draw_batch(data: Split, settings: TrainSettings, step: int, device: torch.device | str = "cpu") -> Batch:
+    """The batch of training step ``step``: images drawn with replacement, noise, and angles stratified over the batch."""
+    generator, size = step_generator(settings.seed, step), settings.batch_size
+    index = torch.randint(len(data.images), (size,), generator=generator)
+    x0 = data.images[index]
+    eps = torch.randn(x0.shape, generator=generator, dtype=x0.dtype)
+    # One angle in each of `size` equal strata lowers the loss's variance; the clamp keeps rounding below 1.
+    uniform = (torch.arange(size) + torch.rand(size, generator=generator, dtype=torch.float64)) / size
+    uniform = uniform.to(x0.dtype).clamp_max(1 - torch.finfo(x0.dtype).eps)
+    labels = None
+    if data.labels is not None:
+        dropped = torch.rand(size, generator=generator) < settings.label_dropout
+        labels = data.labels[index].masked_fill(dropped, settings.null_label).to(device)
+    z_noise = settings.z_noise * torch.randn(size, settings.z_dim, generator=generator, dtype=x0.dtype) if settings.z_dim else None
+    return Batch(x0.to(device), eps.to(device), uniform.to(device), labels, None if z_noise is None else z_noise.to(device))
+
+
+def train(
+    model: Denoiser, make_target: MakeTarget, data: Split, settings: TrainSettings, checkpoint: Path | None = None
+) -> Iterator[TrainState]:
+    """Train the parameters of ``model`` that require a gradient; yield the state after every step.
+
+    ``make_target(batch, target_network)`` says what to learn. If the file ``checkpoint`` exists, training goes on from it; it is
+    rewritten every ``checkpoint_every`` steps and at the end. Devices and precision are ``accelerate``'s. Raises SferdError when there is
+    nothing to train, when the checkpoint was made with other settings, and, naming the step, when the loss stops being finite.
+    """
+    from accelerate import Accelerator
+
+    if not len(data.images):
+        raise SferdError("there are no training images; allowed: 1 or more")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        raise SferdError("no parameter of the model requires a gradient: there is nothing to train")
+    accelerator = Accelerator(cpu=settings.device == "cpu", mixed_precision=settings.precision)
+    optimizer = torch.optim.AdamW(trained, lr=settings.lr, betas=(0.9, 0.99), weight_decay=settings.weight_decay)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, settings.lr_factor)
+    model.to(accelerator.device).train()
+    # Buffers (batch statistics) are copied, parameters averaged.
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay)).eval()
+    target = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.target_decay)) if settings.target_decay else None
+    parts: dict[str, nn.Module] = {"model": model, "ema": ema} | ({"target": target} if target else {})
+    step = load_checkpoint(checkpoint, parts, optimizer, scheduler, settings) if checkpoint and checkpoint.exists() else 0
+    prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
+    loss = math.nan
+    if step == settings.steps:
+        yield TrainState(step, loss, scheduler.get_last_lr()[0], model, ema.module)
+    while step < settings.steps:
+        batch = draw_batch(data, settings, step, accelerator.device)
+        goal = make_target(batch, target.module if target else model)
+        prediction = prepared(goal.x, goal.phi, **goal.condition)
+        losses = distillation_loss(prediction, goal, settings.loss).mean()
+        loss = losses.item()
+        if not math.isfinite(loss):
+            kept = (
+                f"the last good state is in {checkpoint}" if checkpoint and checkpoint.exists() else "no checkpoint was written before it"
+            )
+            raise SferdError(f"the loss became {loss} at step {step + 1} of {settings.steps} (lr = {settings.lr}); {kept}")
+        prepared_optimizer.zero_grad()
+        accelerator.backward(losses)
+        accelerator.clip_grad_norm_(trained, settings.clip)
+        lr = scheduler.get_last_lr()[0]
+        prepared_optimizer.step()
+        scheduler.step()
+        ema.update_parameters(model)
+        if target:
+            target.update_parameters(model)
+        step += 1
+        if checkpoint and (step == settings.steps or (settings.checkpoint_every and step % settings.checkpoint_every == 0)):
+            save_checkpoint(checkpoint, parts, optimizer, scheduler, settings, step)
+        yield TrainState(step, loss, lr, model, ema.module)
+
+
+def save_checkpoint(
+    path: Path,
+    parts: dict[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LambdaLR,
+    settings: TrainSettings,
+    step: int,
+) -> None:
+    """Write weights, averages, optimiser, scheduler, random state and settings to one safetensors file, whole or not at all."""
+    tensors = {f"{part}.{name}": tensor for part, module in parts.items() for name, tensor in module.state_dict().items()}
+    optimizer_state = optimizer.state_dict()
+    for index, state in optimizer_state["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
+    info = {
+        "kind": "checkpoint",
+        "version": CHECKPOINT_VERSION,
+        "step": step,
+        "settings": asdict(settings),
+        "random": {"seed": settings.seed, "step": step},
+        "param_groups": optimizer_state["param_groups"],
+        "scheduler": {"last_epoch": scheduler.last_epoch, "lr": scheduler.get_last_lr()},
+    }
+    save_tensors(path, tensors, info)
+
+
+def load_checkpoint(
+    path: Path,
+    parts: dict[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LambdaLR,
+    settings: TrainSettings,
+) -> int:
+    """Restore what ``save_checkpoint`` wrote and give the step. Raises SferdError when the file is of other settings or another model."""
+    tensors, info = load_tensors(path)
+    if info.get("kind") != "checkpoint" or info.get("version") != CHECKPOINT_VERSION:
+        raise SferdError(f"{path} is not a checkpoint of version {CHECKPOINT_VERSION}")
+    wanted = json.loads(json.dumps(asdict(settings)))
+    differing = {name: (info["settings"].get(name), value) for name, value in wanted.items() if info["settings"].get(name) != value}
+    if differing:
+        name, (found, value) = next(iter(differing.items()))
+        raise SferdError(f"{path} was made with {name} = {found}, this run has {name} = {value}; delete the file or use the same settings")
+    for part, module in parts.items():
+        load_part(module, tensors, f"{part}.", path)
+    state: dict[int, dict[str, Any]] = {}
+    for key, tensor in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".")
+            state.setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": info["param_groups"]})
+    scheduler.last_epoch, scheduler._last_lr = info["scheduler"]["last_epoch"], info["scheduler"]["lr"]
+    return int(info["step"])
+
+
+def load_part(module: nn.Module, tensors: dict[str, Tensor], prefix: str, path: Path | str) -> None:
+    """Load the tensors whose names begin with ``prefix`` into ``module``. Raises SferdError for a missing, extra or misshapen one."""
+    found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    wanted = module.state_dict()
+    for name in wanted.keys() | found.keys():
+        if name not in found or name not in wanted:
+            raise SferdError(f"{path}: tensor '{prefix}{name}' is {'missing' if name not in found else 'not one of this model'}")
+        if found[name].shape != wanted[name].shape or found[name].dtype != wanted[name].dtype:
+            raise SferdError(
+                f"{path}: tensor '{prefix}{name}' is {tuple(found[name].shape)} {found[name].dtype}; "
+                f"expected {tuple(wanted[name].shape)} {wanted[name].dtype}"
+            )
+    module.load_state_dict(found)
