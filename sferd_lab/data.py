@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sferd_lab.errors import SferdError
-from sferd_lab.files import replacing
+from sferd_lab.files import project_folder, replacing
 
 # The sides that each data set comes in, its native one first.
 SIZES = {"digits": (8, 4), "fashion-mnist": (28, 32, 16, 14, 8, 7), "patches": (32, 16, 8, 4), "mixture": (8, 4, 16)}
@@ -132,15 +132,16 @@ def load_images(name: str, size: int | None = None) -> ImageData:
     """One of the data sets in ``SIZES``, at a side of ``size`` pixels (None: native); always the same for the same arguments.
 
     - "digits", 8x8 grey, 10 classes: scikit-learn's 1,797 handwritten digits (Alpaydin & Kaynak 1998), values 0..16. A fixed permutation
-      (seed 0) gives 450 features, 847 train, 500 reference. All 1,797 images differ (no exact duplicates).
+      (seed 0) gives 450 features, 847 train, 500 reference. No two of the 1,797 images are the same.
     - "fashion-mnist", 28x28 grey, 10 classes (Xiao et al. 2017): train is the first 50,000 training images, features the last 10,000,
-      reference the 10,000 test images. 14 and 7 are averages of the 28x28 image; 32, 16 and 8 of the image padded with 2 black
-      pixels on each side, so that a U-Net can halve it. Read from data/fashion-mnist/, else from Debian's package, else downloaded to the former.
+      reference the 10,000 test images; no image is in two of them. 14 and 7 are averages of the 28x28 image; 32, 16 and 8 of the
+      image padded with 2 black pixels on each side, so that a U-Net can halve it. Read from ``fashion_folder()``, else Debian's
+      package, else downloaded.
     - "patches", 32x32 colour, 2 classes: scikit-learn's two sample photographs (china 0, flower 1), a patch every 8 pixels. The parts
       are interleaved bands of columns that share no pixel: 1,400 features, 2,800 train, 1,400 reference. Patches of one part
       overlap, so they are far fewer independent images than their number says.
     - "mixture", 8x8 grey, 10 classes: draws (seed 1) from ``image_mixture(size)``, whose exact denoiser is known: 2,000 features, 10,000
-      train, 5,000 reference; the label is the component. Clipped to [-1, 1], which is 5 standard deviations from any component's mean:
+      train, 5,000 reference; the label is the component. Clipped to [-1, 1], at least 5 standard deviations from any component's mean:
       about one pixel in ten million is touched, far below what any metric here can see.
 
     A size other than the native one is an area average (``resize``), save for the mixture, and is added to the name: "fashion-mnist-16".
@@ -206,9 +207,8 @@ def _fashion(size: int) -> _Parts:
 
 
 def fashion_folder() -> Path:
-    """Where Fashion-MNIST is kept: ``data/fashion-mnist`` in a clone (known by its pyproject.toml), else in the current folder."""
-    clone = Path(__file__).resolve().parent.parent
-    return (clone if (clone / "pyproject.toml").is_file() else Path.cwd()) / "data" / "fashion-mnist"
+    """Where Fashion-MNIST is kept: ``data/fashion-mnist`` in a clone, else in the current folder."""
+    return project_folder() / "data" / "fashion-mnist"
 
 
 def _fashion_file(name: str) -> Tensor:
@@ -237,8 +237,9 @@ def read_idx(path: Path | str) -> Tensor:
     """The unsigned bytes in an IDX file, plain or gzipped, as a uint8 tensor of the shape its header states.
 
     The format (LeCun's MNIST): two zero bytes, type code 0x08 (unsigned byte), the number of dimensions, each dimension as a
-    big-endian 32-bit number, then the values. Never unpacks more than 64 MiB, nor more than the header announces. Raises SferdError naming the
-    file, what was expected and the remedy when it is missing, of another type, damaged, cut short or too long.
+    big-endian 32-bit number, then the values. Never unpacks more than 64 MiB, nor more than the header announces.
+    Raises SferdError, naming the file, what was expected and the remedy, when it is missing, of another type, damaged, cut short
+    or too long.
     """
     try:
         with Path(path).open("rb") as file:
@@ -286,9 +287,9 @@ def _check_content(values: Tensor, expected: str, source: Path | str) -> None:
 class Mixture:
     """A Gaussian mixture over points of ``shape`` (D,) or images (C, H, W), with D = prod(shape).
 
-    weights (K,) positive with sum 1; means (K, D); covariance (K, D, D), full, or (K, D), the diagonal. All of one floating dtype, which is kept.
-    Raises SferdError when sizes or dtypes disagree, a value is not finite, the weights are not as above, or a covariance is not
-    symmetric and positive semi-definite (up to rounding); the message gives the smallest eigenvalue.
+    weights (K,) positive with sum 1; means (K, D); covariance (K, D, D), full, or (K, D), the diagonal. All float32 or all float64,
+    which is kept. Raises SferdError when sizes or dtypes disagree, a value is not finite, the weights are not as above, or a
+    covariance is not symmetric and positive semi-definite (up to rounding); the message gives the smallest eigenvalue.
     """
 
     weights: Tensor
@@ -298,16 +299,15 @@ class Mixture:
 
     def __post_init__(self) -> None:
         k, d = self.weights.numel(), math.prod(self.shape)
-        if self.weights.shape != (k,) or self.means.shape != (k, d) or self.covariance.shape not in ((k, d), (k, d, d)):
-            found = ", ".join(str(tuple(tensor.shape)) for tensor in (self.weights, self.means, self.covariance))
-            raise SferdError(
-                f"mixture over {self.shape}: weights, means, covariance have shapes {found}; "
-                f"expected (K,), (K, {d}), and (K, {d}) or (K, {d}, {d})"
-            )
+        tensors = (self.weights, self.means, self.covariance)
         dtype = self.weights.dtype
-        if not dtype.is_floating_point or {self.means.dtype, self.covariance.dtype} != {dtype}:
-            raise SferdError(f"mixture: dtypes are {dtype}, {self.means.dtype}, {self.covariance.dtype}; expected one floating dtype")
-        if not all(bool(tensor.isfinite().all()) for tensor in (self.weights, self.means, self.covariance)):
+        if self.weights.shape != (k,) or self.means.shape != (k, d) or self.covariance.shape not in ((k, d), (k, d, d)):
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+            expected = f"(K,), (K, {d}), and (K, {d}) or (K, {d}, {d})"
+            raise SferdError(f"mixture over {self.shape}: weights, means, covariance have shapes {shapes}; expected {expected}")
+        if dtype not in (torch.float32, torch.float64) or any(tensor.dtype != dtype for tensor in tensors):
+            raise SferdError(f"mixture: dtypes are {[tensor.dtype for tensor in tensors]}; expected all float32 or all float64")
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
             raise SferdError("mixture: weights, means or covariance hold NaN or infinity; expected finite values")
         total = self.weights.sum().item()
         if bool((self.weights <= 0).any()) or abs(total - 1) > 1e-6:
@@ -370,7 +370,8 @@ def image_mixture(size: int = 8, components: int = 10, seed: int = 0) -> Mixture
 
     Each mean is a soft blob or bar, -0.5 (ground) to 0.5. Each covariance is 0.01 (0.9 F F^T + 0.1 I): F (D, 6) mixes smooth cosines
     (up to one wave across the image) and has rows of norm 1, so within a component every pixel has a standard deviation of exactly
-    0.1 and a mean that lies 5 of them inside [-1, 1]. The same seed is the same scene at every size. Raises SferdError unless size is 4 to 16 and components >= 1.
+    0.1 and a mean that lies 5 of them inside [-1, 1]. The same seed is the same scene at every size. Raises SferdError unless size is
+    4 to 16 and components >= 1.
     """
     if not 4 <= size <= 16 or components < 1:
         raise SferdError(f"size = {size}, components = {components}; allowed: size 4 to 16, components 1 or more")

@@ -32,7 +32,8 @@ def as_angle(phi: Angle, x: Tensor) -> Tensor:
 
     Raises SferdError when ``phi`` lies outside [0, pi/2] or has neither one element nor one for each row of ``x``.
     """
-    phi = torch.as_tensor(phi)
+    # A Python number would become float32, whose 7 digits are too few for x in float64.
+    phi = phi if isinstance(phi, Tensor) else torch.tensor(phi, dtype=torch.float64)
     # Already in broadcast form: what this function returned.
     if phi.ndim == x.ndim > 1 and phi.numel() == phi.shape[0]:
         phi = phi.flatten()

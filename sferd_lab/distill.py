@@ -68,7 +68,7 @@ def halving_schedule(start: int, end: int = 1) -> list[int]:
     """
     stages = []
     steps = start
-    while steps > end and steps % 2 == 0:
+    while steps > end > 0 and steps % 2 == 0:
         steps //= 2
         stages.append(steps)
     if steps != end or not stages:
@@ -133,7 +133,7 @@ class ConsistencyTarget:
     def __post_init__(self) -> None:
         if self.solver not in SOLVERS:
             raise SferdError(f"consistency solver = '{self.solver}'; allowed: {', '.join(SOLVERS)}")
-        if self.sampling_steps is not None and self.boundaries % self.sampling_steps:
+        if self.sampling_steps is not None and (self.sampling_steps < 1 or self.boundaries % self.sampling_steps):
             raise SferdError(f"sampling_steps = {self.sampling_steps}; allowed: a divisor of the {self.boundaries} boundaries")
 
     def __call__(self, batch: Batch, student: Denoiser) -> Target:

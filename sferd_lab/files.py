@@ -82,7 +82,8 @@ def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             info = json.loads((file.metadata() or {})[METADATA_KEY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            # Clones, since what safe_open gives is a view of the file: changing the file would change it.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
     except KeyError:
         raise SferdError(f"{path} was not written by sferd_lab: its metadata has no '{METADATA_KEY}' entry") from None
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
@@ -90,6 +91,12 @@ def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not isinstance(info, dict):
         raise SferdError(f"{path}: the '{METADATA_KEY}' metadata is {type(info).__name__}; expected an object")
     return tensors, info
+
+
+def project_folder() -> Path:
+    """The clone that this package is used from (it holds a pyproject.toml), else the current folder."""
+    clone = Path(__file__).resolve().parent.parent
+    return clone if (clone / "pyproject.toml").is_file() else Path.cwd()
 
 
 def sha256(path: Path | str) -> str:

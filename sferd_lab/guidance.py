@@ -121,6 +121,9 @@ class GuidedDenoiser(Denoiser):
         self.layer = layer if layer is not None else default_layer(teacher.attention_layers)
         check_layers([self.layer], teacher.attention_layers)
         self.phi_lo, self.phi_hi = teacher.phi_lo, teacher.phi_hi
+        if form == "x0" and weight != 0:
+            # It moves x0 at every angle, which at phi = 0, where x0 is x, no velocity can express.
+            self.phi_lo = max(teacher.phi_lo, 1e-3)
 
     @property
     def attention_layers(self) -> tuple[str, ...]:

@@ -96,7 +96,7 @@ def train_feature_network(
     images = _check_images("feature-training", images, real=True)
     if labels.shape != (len(images),) or labels.is_floating_point() or labels.min() < 0 or labels.max() >= classes:
         raise SferdError(f"labels: {labels.dtype} {tuple(labels.shape)}; allowed: {len(images)} integers from 0 to {classes - 1}")
-    # The one-cycle schedule divides by the length of its 30% warm-up, which is nought below 4 steps.
+    # One-cycle's warm-up is 30% of the steps less one: negative below 4.
     if steps < 4 or batch_size < 1:
         raise SferdError(f"steps = {steps}, batch_size = {batch_size}; allowed: steps >= 4, batch_size >= 1")
     with torch.random.fork_rng(devices=[]):
@@ -169,7 +169,7 @@ def extract(network: FeatureNetwork, images: Tensor, batch_size: int = 1000) -> 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """|mean_a - mean_b|^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2) of features (N, dim) and (M, dim) (Dowson & Landau 1982).
 
-    Biased upwards by about 1/N: compare at one N. With S = R'R from a QR of the centred features, the last trace is the sum of the
+    Biased upwards, by a constant over N: compare at one N. With S = R'R from a QR of the centred features, the last trace is the sum of the
     singular values of R_a R_b': real whatever the rank, with no root of a rounded zero. Raises SferdError when N or M <= dim.
     """
     from scipy import linalg
@@ -207,7 +207,8 @@ def kid(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     Features (N, dim) and (M, dim), N, M >= 4. All pairs are used, a block of rows at a time; the value may be negative.
     The error is the jackknife over images, from the kernel's row sums. A jackknife counts the part of the variance that comes from
     pairs (all of it where both distributions are equal) twice (Efron & Stein 1981), so that part, taken from what the row and
-    column means leave of the kernel, is counted once. Raises SferdError for fewer than 4 images.
+    column means leave of the kernel, is counted once. What remains is kept >= 0, which leaves the error about a fifth too large
+    between equal distributions. Raises SferdError for fewer than 4 images.
     """
     _check_features(a=a, b=b)
     if min(len(a), len(b)) < 4:
@@ -267,11 +268,11 @@ def memorisation_ratio(
     """How near generated images lie to training images, over how near to equally many held-out ones; and its standard error.
 
     Features (N, dim), (T, dim), (R, dim). 1: no nearer than to held-out images; below 1: nearer to the training set; 0: copies.
-    Equal size: a larger reference is cut to T random images. A larger training set is shuffled into B = floor(T/R) blocks of R images
-    (the T - BR left over are not used); the nearest distances to every block are pooled. A copy has its original in one block only, so
-    R/T of the pooled distances are a memoriser's zeros, which a median misses for T >= 2R: both sides are therefore taken at the
-    quantile R/(2T), the median where T <= R. Whatever the fakes, if they do not depend on which images were trained on, the blocks and
-    the reference are alike and the ratio is 1 but for sampling. The error is a bootstrap over the fakes: it leaves out the choice of
+    Equal size: a larger reference is cut to T random images. A larger training set is shuffled into B = ceil(T/R) blocks of R images
+    (the last is filled up from the first; B = 1 for T <= R), and the nearest distances to every block are pooled. A copy has its
+    original in one block, so 1/B of a memoriser's pooled distances are zeros, which a median misses for B >= 2: both sides are taken
+    at the quantile 1/(2B), the median for B = 1. Whatever the fakes, if they do not depend on which images were trained on, blocks and
+    reference are alike and the ratio is 1 but for sampling. The error is a bootstrap over the fakes: it leaves out the choice of
     training and reference images, which the floor's spread has. Raises SferdError when the reference's quantile is 0.
     """
     from sklearn.metrics import pairwise_distances_argmin
@@ -279,15 +280,17 @@ def memorisation_ratio(
     _check_features(fake=fake, train=train, reference=reference)
     rng = np.random.default_rng(seed)
     size = min(len(train), len(reference))
-    level = size / (2 * len(train))
-    train = train[rng.permutation(len(train))]
+    blocks = math.ceil(len(train) / size)
+    level = 1 / (2 * blocks)
+    # resize starts again from the first where the images run out.
+    order = np.resize(rng.permutation(len(train)), (blocks, size))
     held_out = reference[rng.permutation(len(reference))[:size]]
 
     def nearest(images: np.ndarray) -> np.ndarray:
         # Measured again from the index: the search's own distance of a copy is a rounded, not an exact, zero.
         return np.linalg.norm(fake - images[pairwise_distances_argmin(fake, images)], axis=1)
 
-    to_train = np.stack([nearest(train[start : start + size]) for start in range(0, len(train) - size + 1, size)])
+    to_train = np.stack([nearest(train[block]) for block in order])
     to_held_out = nearest(held_out)
 
     def ratio(pick: np.ndarray | slice) -> float:
@@ -307,7 +310,8 @@ def memorisation_ratio(
 class Score:
     """One metric of ``n`` generated images: its value, standard error (None: no sound one), and its floor on real images.
 
-    ``floor`` and ``floor_sd``: mean and standard deviation of the metric over splits of real images. ``features`` names the network.
+    ``floor`` and ``floor_sd``: mean and standard deviation of the metric over splits of real images. ``features`` names the network:
+    a table shows the metric fd on digits-net as FD-digits-net.
     """
 
     metric: str
@@ -341,9 +345,11 @@ class Scorer:
         if floor_splits < 2:
             raise SferdError(f"floor_splits = {floor_splits}; allowed: 2 or more, for a spread")
         self.name, self.sha256, self.k, self.floor_splits, self.seed = name, sha256, k, floor_splits, seed
+        reference, train = _check_images("reference", reference, real=True), _check_images("training", train, real=True)
         self.network, self.shape = network, tuple(reference.shape[1:])
-        self.reference = extract(network, _check_images("reference", reference, real=True))
-        self.train = extract(network, _check_images("training", train, real=True))
+        if train.shape[1:] != reference.shape[1:]:
+            raise SferdError(f"training images have shape {tuple(train.shape[1:])}; allowed: the reference's {self.shape}")
+        self.reference, self.train = extract(network, reference), extract(network, train)
         least = max(k, self.reference.shape[1])
         if len(self.reference) <= least:
             raise SferdError(f"{len(self.reference)} reference images; allowed: more than {least}, the larger of k and the network's dim")
@@ -379,7 +385,8 @@ class Scorer:
             for _ in range(self.floor_splits):
                 order = pool[rng.permutation(len(pool))]
                 rest = order[n:]
-                cut = round(len(rest) * sizes["reference"] / len(pool))
+                # Rounded up: T : R must not grow, nor with it the number of blocks.
+                cut = max(2, math.ceil(len(rest) * sizes["reference"] / len(pool)))
                 splits.append(self._values(order[:n], rest[: sizes["reference"]], rest[cut:], rest[:cut]))
             table = {name: np.array([split[name][0] for split in splits]) for name in METRICS}
             self._floors[n] = {name: (float(column.mean()), float(column.std(ddof=1))) for name, column in table.items()}
@@ -393,8 +400,8 @@ class Scorer:
         fake = _check_images("generated", fake, real=False)
         if tuple(fake.shape[1:]) != self.shape:
             raise SferdError(f"generated images have shape {tuple(fake.shape[1:])}; allowed: the reference's {self.shape}")
-        values = self._values(extract(self.network, fake), self.reference, self.train, self.reference)
         floors = self.floors(len(fake))
+        values = self._values(extract(self.network, fake), self.reference, self.train, self.reference)
         return [Score(metric, *values[metric], len(fake), *floors[metric], self.name, self.sha256) for metric in METRICS]
 
 

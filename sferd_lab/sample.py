@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sferd_lab.denoiser import Denoiser, Prediction
-from sferd_lab.diffusion import add_noise, angle_grid, ddim_step, ddpm_step, heun_velocity
+from sferd_lab.diffusion import add_noise, angle_grid, check_descending, ddim_step, ddpm_step, heun_velocity
 from sferd_lab.errors import SferdError
 
 
@@ -83,6 +83,7 @@ def consistency(denoiser: Denoiser, x: Tensor, grid: Tensor, noise: SampleNoise,
     """Multistep consistency sampling (Song et al. 2023, algorithm 1): denoise to 0, add fresh noise for the next angle, and again."""
     yield State(0, x, float(grid[0]))
     for step, (phi, psi) in enumerate(itertools.pairwise(grid), start=1):
+        check_descending(phi, psi)
         prediction = denoiser(x, phi, **condition)
         x = prediction.x0 if psi == 0 else add_noise(prediction.x0, noise.draw(x.shape[1:], x), psi)
         yield State(step, x, float(psi), prediction)
@@ -140,7 +141,8 @@ def sample(
     """``n`` images of ``shape`` (C, H, W) in ``steps`` steps on ``grid`` (default: equal angles from phi_hi to 0).
 
     ``condition`` holds tensors with one row an image; a ``prior`` adds the condition ``z``, drawn from streams of its own. ``progress``
-    names a progress bar. Raises SferdError for a count below 1, an unknown method, or a condition with another number of rows.
+    names a progress bar. Raises SferdError for a count below 1, an unknown method, a condition with another number of rows, or a grid
+    that has not ``steps + 1`` descending angles.
     """
     if n < 1:
         raise SferdError(f"n = {n} samples; allowed: 1 or more")
@@ -151,6 +153,8 @@ def sample(
             raise SferdError(f"condition '{name}' has {len(rows)} rows for {n} samples; allowed: one row each")
     walk = sampler_by_name(method)
     grid = angle_grid(steps, denoiser.phi_hi) if grid is None else grid
+    if len(grid) != steps + 1:
+        raise SferdError(f"the grid has {len(grid)} angles for steps = {steps}; allowed: steps + 1")
     images, batches = [], range(0, n, batch_size)
     before = _count(denoiser, prior)
     for first in tqdm(batches, desc=progress, disable=progress is None, leave=False):

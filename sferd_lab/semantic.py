@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sferd_lab.data import Mixture
 from sferd_lab.denoiser import Denoiser, NetworkDenoiser, Prediction
-from sferd_lab.diffusion import Angle, angle_grid
+from sferd_lab.diffusion import Angle, angle_grid, as_angle
 from sferd_lab.errors import SferdError
 from sferd_lab.sample import ddim
 from sferd_lab.unet import Capture, Decoder, Features, Middle, UNetSettings, angle_embedding, group_norm
@@ -146,7 +146,7 @@ class LatentDenoiser(Denoiser):
     def predict(self, x: Tensor, phi: Angle, layers: Sequence[str] = ()) -> Prediction:
         """One pass; ``x`` (B, z_dim) is a noised code."""
         self.evaluations += 1
-        phi = torch.as_tensor(phi, dtype=x.dtype, device=x.device).expand(len(x))
+        phi = as_angle(phi, x).flatten().expand(len(x))
         emb = F.silu(self.time(angle_embedding(phi, 64)))
         h = x
         for index, (layer, scale) in enumerate(zip(self.layers, self.scales, strict=True)):
@@ -191,8 +191,8 @@ class MixturePrior(nn.Module):
         """Maximum likelihood on ``codes`` (N, z_dim). Raises SferdError when there are fewer codes than components."""
         from sklearn.mixture import GaussianMixture
 
-        if len(codes) < components:
-            raise SferdError(f"prior_components = {components} for {len(codes)} codes; allowed: at most one component a code")
+        if not 1 <= components <= len(codes):
+            raise SferdError(f"prior_components = {components} for {len(codes)} codes; allowed: 1 to one component a code")
         fitted = GaussianMixture(components, random_state=seed, reg_covar=1e-3, max_iter=500).fit(codes.cpu().double().numpy())
         return cls(*(torch.from_numpy(np.asarray(part)).float() for part in (fitted.weights_, fitted.means_, fitted.covariances_)))
 

@@ -6,6 +6,7 @@ state of a run is two integers, and a run that was stopped goes on to the same b
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -64,6 +65,11 @@ class TrainSettings:
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise SferdError(f"{name} = {getattr(self, name)}; allowed: 1 or more")
+        for name in ("warmup", "weight_decay", "null_label", "z_dim", "z_noise", "checkpoint_every", "seed"):
+            if not getattr(self, name) >= 0:
+                raise SferdError(f"{name} = {getattr(self, name)}; allowed: 0 or more")
+        if not 0 <= self.label_dropout <= 1:
+            raise SferdError(f"label_dropout = {self.label_dropout}; allowed: 0 to 1")
         for name in ("ema_decay", "target_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise SferdError(f"{name} = {getattr(self, name)}; allowed: 0 to below 1")
@@ -80,10 +86,10 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class TrainState:
-    """After ``step`` steps: the step's ``loss`` and ``lr``, the ``model`` being trained and its moving average ``ema``."""
+    """After ``step`` steps: the ``loss`` of each so far, the last ``lr``, the ``model`` being trained and its moving average ``ema``."""
 
     step: int
-    loss: float
+    losses: Tensor
     lr: float
     model: Denoiser
     ema: Denoiser
@@ -124,12 +130,15 @@ def train(
     nothing to train, when the checkpoint was made with other settings, and, naming the step, when the loss stops being finite.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
     if not len(data.images):
         raise SferdError("there are no training images; allowed: 1 or more")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise SferdError("no parameter of the model requires a gradient: there is nothing to train")
+    # accelerate keeps device and precision for the whole process and refuses others later; here every stage may choose its own.
+    AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=settings.device == "cpu", mixed_precision=settings.precision)
     optimizer = torch.optim.AdamW(trained, lr=settings.lr, betas=(0.9, 0.99), weight_decay=settings.weight_decay)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, settings.lr_factor)
@@ -138,24 +147,25 @@ def train(
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay)).eval()
     target = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.target_decay)) if settings.target_decay else None
     parts: dict[str, nn.Module] = {"model": model, "ema": ema} | ({"target": target} if target else {})
-    step = load_checkpoint(checkpoint, parts, optimizer, scheduler, settings) if checkpoint and checkpoint.exists() else 0
-    prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
-    loss = math.nan
+    losses = torch.zeros(settings.steps, dtype=torch.float64)
+    step = load_checkpoint(checkpoint, parts, optimizer, scheduler, settings, losses) if checkpoint and checkpoint.exists() else 0
+    # A shallow copy, same tensors: for mixed precision accelerate overwrites `forward`, which would outlive the training.
+    prepared, prepared_optimizer = accelerator.prepare(copy.copy(model), optimizer)
     if step == settings.steps:
-        yield TrainState(step, loss, scheduler.get_last_lr()[0], model, ema.module)
+        yield TrainState(step, losses[:step], scheduler.get_last_lr()[0], model, ema.module)
     while step < settings.steps:
         batch = draw_batch(data, settings, step, accelerator.device)
         goal = make_target(batch, target.module if target else model)
         prediction = prepared(goal.x, goal.phi, **goal.condition)
-        losses = distillation_loss(prediction, goal, settings.loss).mean()
-        loss = losses.item()
-        if not math.isfinite(loss):
+        loss = distillation_loss(prediction, goal, settings.loss).mean()
+        losses[step] = loss.item()
+        if not losses[step].isfinite():
             kept = (
                 f"the last good state is in {checkpoint}" if checkpoint and checkpoint.exists() else "no checkpoint was written before it"
             )
-            raise SferdError(f"the loss became {loss} at step {step + 1} of {settings.steps} (lr = {settings.lr}); {kept}")
+            raise SferdError(f"the loss became {loss.item()} at step {step + 1} of {settings.steps} (lr = {settings.lr}); {kept}")
         prepared_optimizer.zero_grad()
-        accelerator.backward(losses)
+        accelerator.backward(loss)
         accelerator.clip_grad_norm_(trained, settings.clip)
         lr = scheduler.get_last_lr()[0]
         prepared_optimizer.step()
@@ -165,8 +175,8 @@ def train(
             target.update_parameters(model)
         step += 1
         if checkpoint and (step == settings.steps or (settings.checkpoint_every and step % settings.checkpoint_every == 0)):
-            save_checkpoint(checkpoint, parts, optimizer, scheduler, settings, step)
-        yield TrainState(step, loss, lr, model, ema.module)
+            save_checkpoint(checkpoint, parts, optimizer, scheduler, settings, losses[:step])
+        yield TrainState(step, losses[:step], lr, model, ema.module)
 
 
 def save_checkpoint(
@@ -175,13 +185,15 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LambdaLR,
     settings: TrainSettings,
-    step: int,
+    losses: Tensor,
 ) -> None:
-    """Write weights, averages, optimiser, scheduler, random state and settings to one safetensors file, whole or not at all."""
+    """Write weights, averages, optimiser, scheduler, random state, settings and losses so far to one safetensors file, atomically."""
+    step = len(losses)
     tensors = {f"{part}.{name}": tensor for part, module in parts.items() for name, tensor in module.state_dict().items()}
     optimizer_state = optimizer.state_dict()
     for index, state in optimizer_state["state"].items():
         tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
+    tensors["losses"] = losses
     info = {
         "kind": "checkpoint",
         "version": CHECKPOINT_VERSION,
@@ -200,8 +212,12 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LambdaLR,
     settings: TrainSettings,
+    losses: Tensor,
 ) -> int:
-    """Restore what ``save_checkpoint`` wrote and give the step. Raises SferdError when the file is of other settings or another model."""
+    """Restore what ``save_checkpoint`` wrote, the first ``losses`` included, and give the step.
+
+    Raises SferdError when the file is of other settings or another model, or was altered.
+    """
     tensors, info = load_tensors(path)
     if info.get("kind") != "checkpoint" or info.get("version") != CHECKPOINT_VERSION:
         raise SferdError(f"{path} is not a checkpoint of version {CHECKPOINT_VERSION}")
@@ -212,20 +228,35 @@ def load_checkpoint(
         raise SferdError(f"{path} was made with {name} = {found}, this run has {name} = {value}; delete the file or use the same settings")
     for part, module in parts.items():
         load_part(module, tensors, f"{part}.", path)
+    trained = optimizer.param_groups[0]["params"]
+    if (count := len(info["param_groups"][0]["params"])) != len(trained):
+        raise SferdError(f"{path} was made training {count} tensors of the model, this run trains {len(trained)}; delete the file")
+    # A parameter that never had a gradient has no state.
+    moments = {
+        f"{index}.{name}": torch.zeros(()) if name == "step" else parameter
+        for index, parameter in enumerate(trained)
+        for name in ("step", "exp_avg", "exp_avg_sq")
+        if f"optimizer.{index}.step" in tensors
+    }
     state: dict[int, dict[str, Any]] = {}
-    for key, tensor in tensors.items():
-        if key.startswith("optimizer."):
-            _, index, name = key.split(".")
-            state.setdefault(int(index), {})[name] = tensor
+    for key, tensor in _matching(moments, tensors, "optimizer.", path).items():
+        index, name = key.split(".")
+        state.setdefault(int(index), {})[name] = tensor
+    others = {name: tensor for name, tensor in tensors.items() if name.split(".")[0] not in (*parts, "optimizer")}
+    _matching({"losses": losses[: info["step"]]}, others, "", path)
     optimizer.load_state_dict({"state": state, "param_groups": info["param_groups"]})
     scheduler.last_epoch, scheduler._last_lr = info["scheduler"]["last_epoch"], info["scheduler"]["lr"]
+    losses[: info["step"]] = tensors["losses"]
     return int(info["step"])
 
 
 def load_part(module: nn.Module, tensors: dict[str, Tensor], prefix: str, path: Path | str) -> None:
     """Load the tensors whose names begin with ``prefix`` into ``module``. Raises SferdError for a missing, extra or misshapen one."""
+    module.load_state_dict(_matching(module.state_dict(), tensors, prefix, path))
+
+
+def _matching(wanted: dict[str, Tensor], tensors: dict[str, Tensor], prefix: str, path: Path | str) -> dict[str, Tensor]:
     found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    wanted = module.state_dict()
     for name in wanted.keys() | found.keys():
         if name not in found or name not in wanted:
             raise SferdError(f"{path}: tensor '{prefix}{name}' is {'missing' if name not in found else 'not one of this model'}")
@@ -234,4 +265,4 @@ def load_part(module: nn.Module, tensors: dict[str, Tensor], prefix: str, path: 
                 f"{path}: tensor '{prefix}{name}' is {tuple(found[name].shape)} {found[name].dtype}; "
                 f"expected {tuple(wanted[name].shape)} {wanted[name].dtype}"
             )
-    module.load_state_dict(found)
+    return found

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sferd_lab.diffusion import HALF_PI, Angle
+from sferd_lab.diffusion import HALF_PI, Angle, as_angle
 from sferd_lab.errors import SferdError
 
 
@@ -269,7 +269,7 @@ class UNet(nn.Module):
         Raises SferdError for an image of the wrong size or channels, and for labels that the network does not know.
         """
         self._check(x, labels)
-        phi = torch.as_tensor(phi, dtype=x.dtype, device=x.device).expand(x.shape[0])
+        phi = as_angle(phi, x).flatten().expand(x.shape[0])
         emb = self.time(angle_embedding(phi, self.shape.emb_dim))
         if self.label is not None:
             labels = torch.full(phi.shape, self.shape.classes, device=x.device) if labels is None else labels
@@ -300,11 +300,13 @@ class UNet(nn.Module):
         if labels is not None and self.label is None:
             raise SferdError("labels were given to an unconditional network; allowed: labels=None, or a network made with classes > 0")
         if labels is not None and (
-            labels.shape != x.shape[:1] or (labels.is_cpu and not bool(((labels >= 0) & (labels <= self.shape.classes)).all()))
+            labels.shape != x.shape[:1]
+            or labels.dtype not in (torch.int64, torch.int32)
+            or (labels.is_cpu and not bool(((labels >= 0) & (labels <= self.shape.classes)).all()))
         ):
             raise SferdError(
-                f"labels of shape {tuple(labels.shape)} with values {labels.min().item()} to {labels.max().item()}; "
-                f"allowed: ({x.shape[0]},) with 0 to {self.shape.classes} (the last: no label)"
+                f"labels are {labels.dtype} of shape {tuple(labels.shape)} with values {labels.min().item()} to {labels.max().item()}; "
+                f"allowed: integers ({x.shape[0]},) with 0 to {self.shape.classes} (the last: no label)"
             )
 
 

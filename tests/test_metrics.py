@@ -1,5 +1,8 @@
+import hashlib
 import math
+import sys
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -115,8 +118,6 @@ def test_training_refuses_bad_labels_and_steps(digits):
 
 
 def test_a_saved_network_comes_back_whole_with_the_hash_of_its_file(tmp_path, network, digits):
-    import hashlib
-
     path = tmp_path / "network.safetensors"
     save_feature_network(path, network, {"data": "digits"})
     back, digest = load_feature_network(path)
@@ -256,7 +257,7 @@ def test_kid_in_blocks_is_kid_at_once(monkeypatch):
 
 
 def test_kid_is_unbiased():
-    # Equal distributions: the exact value is 0. The naive MMD would be off by E k(x, x) / N and more, 20 standard errors here.
+    # Equal distributions: the exact value is 0. With the diagonal kept, the mean would be off by about 100 standard errors.
     values = [kid(normal(20, 4, seed=2 * i), normal(30, 4, seed=2 * i + 1))[0] for i in range(2000)]
     assert abs(np.mean(values)) < 3 * np.std(values) / math.sqrt(len(values))
 
@@ -303,10 +304,16 @@ def test_k_must_be_below_both_set_sizes():
 
 @pytest.mark.parametrize("train_size", [100, 300, 450, 1500])
 def test_copies_of_training_images_have_ratio_zero_however_large_the_training_set(train_size):
-    # A median would miss them from train_size = 600 on: under half of a block's distances are zeros.
+    # A median would miss them from twice the reference's size on: under half of a block's distances are zeros.
     train, reference = normal(train_size, 4), normal(300, 4, seed=1)
     copies = train[np.random.default_rng(2).integers(train_size, size=400)]
     assert memorisation_ratio(copies, train, reference) == (0, 0)
+
+
+def test_every_training_image_counts():
+    # Also in the last, filled-up block of 450 = 300 + 150.
+    train, reference = normal(450, 4), normal(300, 4, seed=1)
+    assert all(memorisation_ratio(np.repeat(train[i : i + 1], 10, 0), train, reference, resamples=2)[0] == 0 for i in range(0, 450, 15))
 
 
 @pytest.mark.parametrize(("train_size", "reference_size"), [(100, 300), (300, 300), (450, 300), (1500, 300)])
@@ -356,8 +363,17 @@ def test_every_score_names_its_network_and_stands_beside_its_floor(scorer, digit
     assert [score.metric for score in scores] == list(METRICS)
     assert {(score.n, score.features, score.features_sha256) for score in scores} == {(300, "digits-net", "0" * 64)}
     assert {score.metric for score in scores if score.error is None} == {"fd", "precision", "recall", "density", "coverage"}
-    assert all(math.isfinite(score.floor) and score.floor_sd > 0 for score in scores)
+    assert {score.metric: (score.floor, score.floor_sd) for score in scores} == scorer.floors(300)
     assert all(set(asdict(score)) >= {"value", "error", "floor", "floor_sd"} for score in scores)
+
+
+def test_scores_compare_fakes_with_the_reference_and_only_the_ratio_with_the_training_set(scorer, network, digits):
+    images = digits[0][0][:300] * 0.9
+    fake, train, reference = (extract(network, x) for x in (images, digits[1][0], digits[2][0]))
+    expected = {"fd": (frechet_distance(fake, reference), None), "kid": kid(fake, reference)}
+    expected |= {name: (value, None) for name, value in precision_recall_density_coverage(reference, fake, 5).items()}
+    expected["memorisation_ratio"] = memorisation_ratio(fake, train, reference)
+    assert {score.metric: (score.value, score.error) for score in scorer.scores(images)} == expected
 
 
 def test_floors_are_what_real_images_score(scorer):
@@ -381,8 +397,8 @@ def test_a_floor_is_the_mean_over_disjoint_sets_of_the_stated_sizes(scorer, monk
 
     monkeypatch.setattr(Scorer, "_values", values)
     assert fresh.floors(500) == dict.fromkeys(METRICS, (2.0, 1.0))
-    # 847 images are left, and 847 x 447 / 1347 = 281 of them are held out.
-    assert sizes == [(500, 447, 566, 281)] * 3
+    # 847 images are left, and 847 x 447 / 1347 = 281.1, so 282 of them, are held out.
+    assert sizes == [(500, 447, 565, 282)] * 3
     fresh.floors(500)
     assert len(sizes) == 3
 
@@ -392,7 +408,8 @@ def test_floors_are_a_function_of_the_seed(network, digits):
         return Scorer(network, "", "net", digits[2][0], digits[1][0], floor_splits=2, seed=seed).floors(100)
 
     assert floors(0) == floors(0)
-    assert floors(0) != floors(1)
+    # The ratio draws its own blocks; the distance has no randomness but the splits'.
+    assert floors(0)["fd"] != floors(1)["fd"]
 
 
 def test_the_metrics_catch_what_is_known_to_be_bad(scorer, digits):
@@ -427,13 +444,34 @@ def test_too_many_too_few_or_misshapen_images_are_refused(scorer, network, digit
         Scorer(network, "", "net", digits[2][0][:64], digits[1][0])
     with pytest.raises(SferdError, match="training images run from -255 to 255"):
         Scorer(network, "", "net", digits[2][0], digits[1][0] * 255)
+    with pytest.raises(SferdError, match=r"training images have shape \(1, 16, 16\)"):
+        Scorer(network, "", "net", digits[2][0], torch.zeros(100, 1, 16, 16))
     with pytest.raises(SferdError, match="floor_splits = 1"):
         Scorer(network, "", "net", digits[2][0], digits[1][0], floor_splits=1)
 
 
 def test_inception_fid_says_what_to_install(monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     with pytest.raises(SferdError, match=r"pip install sferd-lab\[fid\].*torchvision"):
         inception_fid(torch.zeros(4, 1, 8, 8), torch.zeros(4, 1, 8, 8))
+
+
+def test_inception_fid_hands_over_eight_bit_colour_images(monkeypatch):
+    # A stand-in for torch-fidelity, which is not among the test requirements: this shows what it is given, not that it works.
+    given = {}
+    stub = SimpleNamespace(calculate_metrics=lambda **settings: given.update(settings) or {"frechet_inception_distance": 7.0})
+    monkeypatch.setitem(sys.modules, "torch_fidelity", stub)
+    ramp = torch.linspace(-1, 1, 256).reshape(1, 1, 16, 16).repeat(3, 1, 1, 1)
+    assert inception_fid(ramp * 2, ramp) == 7
+    assert isinstance(given["input2"], torch.utils.data.Dataset)
+    assert len(given["input2"]) == 3
+    assert torch.equal(given["input2"][1], torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16).expand(3, -1, -1))
+    assert given["input1"][0].min() == 0
+    assert given["input1"][0].max() == 255
+
+    def unreachable(**settings):
+        raise OSError("no route to host")
+
+    stub.calculate_metrics = unreachable
+    with pytest.raises(SferdError, match=r"weights.*no route to host"):
+        inception_fid(ramp, ramp)

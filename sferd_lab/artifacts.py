@@ -1,0 +1,94 @@
+"""Models as files: save them, load them, and find the ones that are shipped with the package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sferd_lab.denoiser import Denoiser, NetworkDenoiser
+from sferd_lab.errors import SferdError
+from sferd_lab.files import load_tensors, save_tensors
+from sferd_lab.sample import Prior, sample
+from sferd_lab.semantic import DiffusionPrior, LatentDenoiser, MixturePrior, SemanticDenoiser, semantic_info
+from sferd_lab.train import load_part
+from sferd_lab.unet import UNet, UNetSettings, unet_info
+
+Model = NetworkDenoiser | SemanticDenoiser | DiffusionPrior | MixturePrior
+
+
+def shipped_folder() -> Path:
+    """The folder of shipped files: ``data/`` in a clone, ``_shipped`` inside an installed package."""
+    package = Path(__file__).parent
+    return package / "_shipped" if (package / "_shipped").is_dir() else package.parent / "data"
+
+
+def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """A module with the initial weights that ``seed`` gives, leaving torch's own random state alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
+
+
+def save_model(path: Path | str, model: Model, info: dict[str, Any]) -> None:
+    """Write the model's weights and everything that rebuilds it; ``info`` (JSON-able) travels along under the same names."""
+    if isinstance(model, NetworkDenoiser):
+        kind = {"kind": "network", "role": model.role, "unet": unet_info(model.network)}
+    elif isinstance(model, SemanticDenoiser):
+        kind = {"kind": "semantic", "role": model.base.role, "unet": unet_info(model.base.network), "semantic": semantic_info(model)}
+    elif isinstance(model, DiffusionPrior):
+        kind = {"kind": "diffusion prior", "latent": model.denoiser.settings, "steps": model.steps}
+    else:
+        kind = {"kind": "mixture prior"}
+    save_tensors(path, model.state_dict(), {**info, **kind})
+
+
+def load_model(path: Path | str) -> tuple[Model, dict[str, Any]]:
+    """The model of a file written by ``save_model``, in evaluation mode, and its info. Raises SferdError for any other file."""
+    tensors, info = load_tensors(path)
+    try:
+        kind = info["kind"]
+        if kind == "network":
+            model: Model = NetworkDenoiser(UNet(UNetSettings(**info["unet"])), info["role"])
+        elif kind == "semantic":
+            model = SemanticDenoiser(NetworkDenoiser(UNet(UNetSettings(**info["unet"])), info["role"]), **info["semantic"])
+        elif kind == "diffusion prior":
+            model = DiffusionPrior(LatentDenoiser(**info["latent"]), torch.zeros_like(tensors["mean"]), tensors["std"], info["steps"])
+        elif kind == "mixture prior":
+            return MixturePrior(tensors["weights"], tensors["means"], tensors["covariances"]), info
+        else:
+            raise SferdError(f"{path} holds a '{kind}'; expected a network, a semantic denoiser or a prior")
+    except (KeyError, TypeError) as error:
+        raise SferdError(f"{path} lacks what rebuilds its model: {error}") from None
+    load_part(model, tensors, "", path)
+    return model.eval(), info
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A trained denoiser with what it was made from: its image ``shape`` (C, H, W) and ``info``."""
+
+    denoiser: Denoiser
+    shape: tuple[int, int, int]
+    info: dict[str, Any]
+
+    def sample(self, n: int, steps: int = 16, seed: int = 0, prior: Prior | None = None, **options: Any) -> Tensor:
+        """``n`` images (n, C, H, W), nominally in [-1, 1], by DDIM in ``steps`` steps; further ``options`` are those of ``sample.sample``."""
+        return sample(self.denoiser, n, self.shape, steps, seed=seed, prior=prior, **options).images
+
+
+def load(name: str | Path) -> Pretrained:
+    """A shipped model by name ("digits/teacher", "fashion16/teacher") or any saved one by path. Raises SferdError listing what there is."""
+    folder = shipped_folder()
+    path = Path(name) if str(name).endswith(".safetensors") else folder / f"{name}.safetensors"
+    if not path.is_file():
+        shipped = sorted(str(file.relative_to(folder).with_suffix("")) for file in folder.glob("*/teacher.safetensors"))
+        raise SferdError(f"no model '{name}'; allowed: {', '.join(shipped) or 'nothing is shipped'}, or the path of a .safetensors file")
+    model, info = load_model(path)
+    if not isinstance(model, Denoiser):
+        raise SferdError(f"{path} holds a prior, which has no images of its own; load it with load_model and pass it to sample")
+    return Pretrained(model, tuple(info["shape"]), info)

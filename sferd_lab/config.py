@@ -1,0 +1,243 @@
+"""What a run is: one flat, validated settings model. Every field is a papermill parameter of ``notebooks/experiment.ipynb``.
+
+A preset gives every value; parameters override it; an unknown name or a value out of range is a ``SferdError`` that names the parameter,
+the value and what is allowed. The environment variable SFERD_LAB_TINY=1 shrinks whatever is not given explicitly, to test a notebook
+in seconds.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sferd_lab.distill import halving_schedule
+from sferd_lab.errors import SferdError
+
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Counts = Annotated[tuple[Count, ...], Field(min_length=1, max_length=16)]
+
+
+class Settings(BaseModel):
+    """All settings of an experiment. The description of each field is its documentation; ``presets()`` lists the presets."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    preset: str = Field(description="which preset the other values default to")
+    seed: int = Field(ge=0, lt=2**31, description="seed of all training and sampling")
+    run_folder: str | None = Field(None, description="where the run is kept; None: runs/<preset>-seed<seed>")
+
+    data: Literal["digits", "fashion-mnist", "patches", "mixture"] = Field(description="data set")
+    image_size: Count | None = Field(None, description="resize images to this height and width; None: native")
+    class_conditional: bool = Field(False, description="give labels to teacher and students")
+
+    widths: Counts = Field(description="channels of the U-Net's levels, from the image's resolution down")
+    blocks: Count = Field(1, description="residual blocks a level")
+    attention: tuple[Annotated[int, Field(ge=0)], ...] = Field(description="levels with self-attention; 0 is the image's resolution")
+    heads: Count = Field(2, description="attention heads")
+
+    retrain: bool = Field(False, description="train the teacher anew instead of taking the shipped one")
+    batch_size: Count = Field(64, description="images a training step")
+    ema_decay: Fraction = Field(0.99, description="decay of the weights' moving average in distillation stages")
+    teacher_steps: Count = Field(description="training steps of the teacher")
+    teacher_lr: Positive = Field(2e-3, description="learning rate of the teacher, annealed by a cosine")
+    teacher_ema_decay: Fraction = Field(0.998, description="decay of the teacher's moving average")
+    label_dropout: Fraction = Field(0.1, description="share of labels hidden in training, for classifier-free guidance")
+
+    methods: tuple[Literal["pd", "cd"], ...] = Field(("pd", "cd"), description="progressive and/or consistency distillation")
+    guided: tuple[bool, ...] = Field((False, True), description="without and/or with attention guidance of the teacher")
+    sgp: bool = Field(True, description="train the semantic gradient predictor and its prior")
+    pd_start_steps: Count = Field(8, description="teacher steps that progressive distillation starts from")
+    pd_stage_steps: Counts = Field(description="training steps of each halving stage")
+    pd_lr: Positive = Field(1e-3, description="learning rate of a stage, annealed linearly to 0")
+    pd_loss: Literal["v", "x0_snr"] = Field("v", description="compare v (SNR+1 weight) or x0 (truncated SNR weight)")
+    cd_boundaries: Count = Field(16, description="intervals of the consistency grid")
+    cd_steps: Count = Field(description="training steps of consistency distillation")
+    cd_lr: Positive = Field(1e-3, description="learning rate of consistency distillation, annealed linearly to 0")
+    cd_solver: Literal["ddim", "heun"] = Field("heun", description="teacher's step between neighbouring angles")
+    cd_loss: Literal["l2", "pseudo_huber"] = Field("pseudo_huber", description="distance between x0 predictions")
+    cd_target_decay: Fraction = Field(0.0, description="EMA decay of the target network; 0: the student without gradient")
+
+    guidance_weight: Annotated[float, Field(ge=-2, le=10)] = Field(0.3, description="w; the authors' scale 1.3 is 0.3")
+    guidance_form: Literal["x0", "eps"] = Field("x0", description="the paper's figure (x0) or SAG and the authors' code (eps)")
+    guidance_threshold: Positive = Field(1.0, description="blur where attention exceeds this multiple of the average")
+    guidance_layer: str | None = Field(None, description="attention layer; None: first of the decoder")
+    guidance_mask: Literal["attention", "random", "inverse", "edge", "full"] = Field("attention", description="mask, or a control")
+    guide_every_stage: bool = Field(False, description="guide the teacher in every stage of progressive distillation, not only the first")
+    blur_kernel: Count = Field(description="taps of the blur, odd")
+    blur_sigma: Positive = Field(description="standard deviation of the blur in pixels")
+
+    sgp_target: Literal["walk", "data", "conditional"] = Field("conditional", description="where the predictor's target comes from")
+    sgp_sampling_steps: Counts = Field((1,), description="step counts that get a semantic gradient predictor")
+    sgp_steps: Count = Field(description="training steps of encoder and predictor")
+    sgp_distil_steps: Count = Field(200, description="training steps of each distillation stage of the conditional pair")
+    sgp_lr: Positive = Field(1e-3, description="learning rate of encoder and predictor")
+    sgp_joint: bool = Field(False, description="train the student together with encoder and predictor (walk and data targets)")
+    z_dim: Count = Field(description="size of the semantic code, at most 1/8 of the pixels")
+    z_noise: Annotated[float, Field(ge=0, le=2)] = Field(0.1, description="standard deviation of noise on the code in training")
+    prior: Literal["diffusion", "mixture"] = Field("mixture", description="latent diffusion, or scikit-learn's Gaussian mixture")
+    prior_steps: Count = Field(1000, description="training steps of the diffusion prior")
+    prior_sampling_steps: Count = Field(20, description="DDIM steps of the diffusion prior")
+    prior_components: Count = Field(10, description="components of the mixture prior")
+
+    n_samples: Annotated[int, Field(ge=2, le=10**6)] = Field(description="images behind every score")
+    sampling_steps: Counts = Field((1, 2, 4), description="step counts of the students")
+    teacher_sampling_steps: Counts = Field((1, 2, 4, 8, 64), description="step counts of the teacher; the last is the yardstick")
+    sampling_batch: Count = Field(250, description="images sampled at once")
+    neighbours: Count = Field(5, description="k of precision, recall, density and coverage")
+
+    device: Literal["auto", "cpu"] = Field("auto", description="auto: accelerate's choice (CUDA or MPS when there)")
+    precision: Literal["no", "bf16", "fp16"] = Field("no", description="mixed precision of training")
+    checkpoint_every: Annotated[int, Field(ge=0)] = Field(200, description="training steps between checkpoints; 0: only at the end")
+
+    def model_post_init(self, _: Any) -> None:
+        """Checks between fields."""
+        try:
+            stages = halving_schedule(self.pd_start_steps)
+        except SferdError as error:
+            raise SferdError(f"pd_start_steps = {self.pd_start_steps}: {error}") from None
+        if len(self.pd_stage_steps) != len(stages):
+            raise SferdError(
+                f"pd_stage_steps = {self.pd_stage_steps}; allowed: {len(stages)} numbers, "
+                f"since {self.pd_start_steps} teacher steps halve to {stages}"
+            )
+        for name in ("sampling_steps", "sgp_sampling_steps"):
+            for steps in getattr(self, name):
+                if "pd" in self.methods and steps not in stages:
+                    raise SferdError(f"{name} = {getattr(self, name)}; allowed: step counts among {stages}, what pd_start_steps halves to")
+                if name == "sgp_sampling_steps" and self.cd_boundaries % steps:
+                    raise SferdError(f"{name} = {getattr(self, name)}; allowed: divisors of cd_boundaries = {self.cd_boundaries}")
+        if self.blur_kernel % 2 == 0:
+            raise SferdError(f"blur_kernel = {self.blur_kernel}; allowed: odd numbers")
+        if max(self.attention, default=0) >= len(self.widths):
+            raise SferdError(f"attention = {self.attention}; allowed: levels 0 to {len(self.widths) - 1}")
+        if any(width % self.heads for width in self.widths):
+            raise SferdError(f"heads = {self.heads}; allowed: common divisors of widths = {self.widths}")
+
+
+_DIGITS: dict[str, Any] = {
+    "seed": 1,
+    "data": "digits",
+    "widths": (32, 32),
+    "attention": (0, 1),
+    "teacher_steps": 5000,
+    "pd_stage_steps": (200, 500, 500),
+    "cd_steps": 800,
+    "blur_kernel": 5,
+    "blur_sigma": 1.0,
+    "sgp_steps": 300,
+    "z_dim": 8,
+    "n_samples": 500,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "digits": _DIGITS,
+    "fashion16": _DIGITS
+    | {
+        "data": "fashion-mnist",
+        "image_size": 16,
+        "widths": (32, 64),
+        "attention": (1,),
+        "teacher_steps": 20_000,
+        "pd_stage_steps": (1000, 2000, 2000),
+        "cd_steps": 4000,
+        "blur_kernel": 7,
+        "blur_sigma": 1.5,
+        "sgp_steps": 2000,
+        "z_dim": 32,
+        "n_samples": 10_000,
+    },
+    "patches": _DIGITS
+    | {
+        "data": "patches",
+        "widths": (32, 64, 64),
+        "attention": (1, 2),
+        "teacher_steps": 10_000,
+        "blur_kernel": 15,
+        "blur_sigma": 3.0,
+        "z_dim": 64,
+        "n_samples": 1000,
+    },
+    "mixture": _DIGITS | {"data": "mixture", "teacher_steps": 3000, "retrain": True},
+}
+
+# What SFERD_LAB_TINY=1 sets: every stage runs, none of them long enough to learn.
+TINY: dict[str, Any] = {
+    "batch_size": 8,
+    "teacher_steps": 4,
+    "pd_start_steps": 4,
+    "pd_stage_steps": (2, 2),
+    "sampling_steps": (1, 2),
+    "cd_boundaries": 4,
+    "cd_steps": 2,
+    "sgp_steps": 2,
+    "sgp_distil_steps": 2,
+    "prior_steps": 2,
+    "prior_sampling_steps": 2,
+    "prior_components": 2,
+    "n_samples": 80,
+    "teacher_sampling_steps": (1, 2, 4),
+}
+
+
+def presets() -> tuple[str, ...]:
+    """The names that ``preset`` may have."""
+    return tuple(PRESETS)
+
+
+def make_settings(preset: str = "digits", **parameters: Any) -> Settings:
+    """The settings of ``preset`` with ``parameters`` in place of its values; a parameter that is None keeps the preset's value.
+
+    Raises SferdError that names the parameter, the value and what is allowed.
+    """
+    if not isinstance(preset, str) or preset not in PRESETS:
+        raise SferdError(f"preset = {preset!r}; allowed: {', '.join(PRESETS)}")
+    unknown = sorted(set(parameters) - set(Settings.model_fields))
+    if unknown:
+        raise SferdError(f"unknown parameter '{unknown[0]}' = {parameters[unknown[0]]!r}; allowed: {', '.join(Settings.model_fields)}")
+    given = {name: value for name, value in parameters.items() if value is not None}
+    tiny = TINY if os.environ.get("SFERD_LAB_TINY") == "1" else {}
+    try:
+        return Settings.model_validate({"preset": preset, **PRESETS[preset], **tiny, **given})
+    except ValidationError as error:
+        first = error.errors()[0]
+        if first["type"] == "value_error":  # a check between fields, already in words
+            raise SferdError(str(first["ctx"]["error"])) from None
+        name = str(first["loc"][0])
+        raise SferdError(f"parameter '{name}' = {given.get(name, first['input'])!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+
+
+def notebook_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters that a notebook's cells have just assigned, for ``make_settings``: call it with ``globals()`` in the next cell.
+
+    Papermill writes whatever it is given into a cell of assignments and only warns when a notebook has no such parameter. So the names
+    are read from the cells executed right before the calling one that assign literals and do nothing else: the notebook's own
+    parameters cell and the injected one.
+    """
+    names: set[str] = set()
+    for source in reversed(list(namespace.get("In", []))[:-1]):
+        assigned = _assigned_literals(source)
+        if assigned is None:
+            break
+        names |= assigned
+    return {name: namespace[name] for name in sorted(names | (set(Settings.model_fields) & set(namespace)))}
+
+
+def _assigned_literals(source: str) -> set[str] | None:
+    """The names a cell assigns literals to, or None when it does anything else or nothing."""
+    names: set[str] = set()
+    try:
+        for statement in ast.parse(source).body:
+            targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+            if not isinstance(statement, ast.Assign | ast.AnnAssign) or not all(isinstance(target, ast.Name) for target in targets):
+                return None
+            ast.literal_eval(statement.value)
+            names |= {target.id for target in targets}
+    except (SyntaxError, ValueError):
+        return None
+    return names or None

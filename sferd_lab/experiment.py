@@ -1,0 +1,613 @@
+"""The main job as steps on a run folder, which ``notebooks/experiment.ipynb`` calls in order.
+
+A run is a folder: ``config.json`` (settings, versions, commit, hardware), ``weights/*.safetensors``, ``checkpoints/`` of the stage under way,
+``training.csv`` (a loss a row), ``metrics.csv`` (a number a row), ``samples/`` (the first images behind each score) and ``figures/``. Every step
+looks into the folder first: what is finished is read, what is not is done or continued. So the same call after an interruption goes on
+where it stopped, and ends with the same weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import platform
+import subprocess
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sferd_lab.artifacts import Model, load_model, save_model, seeded, shipped_folder
+from sferd_lab.config import Settings
+from sferd_lab.data import ImageData, Split, load_images
+from sferd_lab.denoiser import Denoiser, NetworkDenoiser
+from sferd_lab.diffusion import add_noise
+from sferd_lab.distill import Batch, ConsistencyTarget, DataTarget, ProgressiveTarget, denoising_target, halving_schedule, on_labels
+from sferd_lab.errors import SferdError
+from sferd_lab.files import load_tensors, project_folder, read_json, replacing, save_tensors, write_json
+from sferd_lab.guidance import GuidedDenoiser, default_layer, gaussian_blur
+from sferd_lab.metrics import Scorer, known_bad, load_feature_network, save_feature_network, train_feature_network
+from sferd_lab.sample import Prior, SampleNoise, Samples, sample
+from sferd_lab.semantic import DiffusionPrior, LatentDenoiser, MixturePrior, SemanticDenoiser
+from sferd_lab.train import MakeTarget, TrainSettings, train
+from sferd_lab.unet import UNet, UNetSettings, check_layers
+
+# Images of each scored set that are kept for figures.
+KEPT = 64
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a set of scored images is: the identity columns of ``metrics.csv``."""
+
+    method: str  # teacher, pd, cd, or the name of a known-bad set
+    guidance: bool = False
+    sgp: str = ""  # the predictor's target, empty without one
+    z: str = ""  # where its codes come from: prior, encoder, mean
+    sampler: str = ""
+    steps: int = 0
+
+    @property
+    def label(self) -> str:
+        """A short name, e.g. "pd+guidance+sgp (prior), 1 step"."""
+        name = self.method + ("+guidance" if self.guidance else "") + (f"+sgp ({self.z})" if self.sgp else "")
+        return f"{name}, {self.steps} step{'s' * (self.steps != 1)}" if self.steps else name
+
+    @property
+    def key(self) -> str:
+        """The label as a file name."""
+        return "".join(letter if letter.isalnum() else "-" for letter in self.label).strip("-")
+
+
+def stage_seed(seed: int, stage: str) -> int:
+    """A seed for the stage of that name. Plain and guided versions of a stage share it: they see the same images, noise and angles."""
+    return int(np.random.SeedSequence([seed, zlib.crc32(stage.encode())]).generate_state(1)[0])
+
+
+def provenance() -> dict[str, Any]:
+    """What a run was made with: versions, commit, whether the tree had changes, hardware."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            return subprocess.run(
+                ["git", *arguments], cwd=project_folder(), capture_output=True, text=True, check=True, timeout=10
+            ).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return None
+
+    changes = git("status", "--porcelain")
+    return {
+        "sferd_lab": metadata.version("sferd-lab"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "commit": git("rev-parse", "HEAD"),
+        "uncommitted_changes": None if changes is None else bool(changes),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+class Run:
+    """An experiment in its folder. Raises SferdError, before anything is trained, for settings that do not fit the data or the folder."""
+
+    def __init__(self, settings: Settings, progress: bool = True) -> None:
+        self.settings, self.progress = settings, progress
+        default = project_folder() / "runs" / f"{settings.preset}-seed{settings.seed}"
+        self.folder = Path(settings.run_folder) if settings.run_folder else default
+        self.data: ImageData = load_images(settings.data, settings.image_size)
+        self.shape = self.data.shape
+        self.device = torch.device("cpu")
+        if settings.device == "auto" and torch.accelerator.is_available():
+            self.device = torch.accelerator.current_accelerator()
+        classes = self.data.classes if settings.class_conditional else 0
+        self.unet = UNetSettings(self.shape[0], settings.widths, settings.blocks, settings.attention, settings.heads, classes)
+        self.train_split = Split(self.data.train.images, self.data.train.labels if classes else None)
+        self._check_fit()
+        self._claim_folder()
+
+    def _check_fit(self) -> None:
+        """What can only be checked with the data at hand."""
+        settings, (channels, height, width) = self.settings, self.shape
+        network = UNet(self.unet)
+        network.encode(torch.zeros(1, *self.shape), 1.0)  # refuses a size that does not divide
+        if any(settings.guided):
+            check_layers([settings.guidance_layer or default_layer(network.attention_layers)], network.attention_layers)
+            gaussian_blur(torch.zeros(1, *self.shape), settings.blur_kernel, settings.blur_sigma)
+        limit = max(1, channels * height * width // 8)
+        if settings.sgp and settings.z_dim > limit:
+            raise SferdError(
+                f"z_dim = {settings.z_dim}; allowed: at most {limit}, 1/8 of the {channels * height * width} pixels of an image"
+            )
+        if settings.class_conditional and not self.data.classes:
+            raise SferdError(f"class_conditional = True; allowed: False, since {self.data.name} has no labels")
+        largest = len(self.data.train.images)
+        if not 64 < settings.n_samples <= largest:
+            raise SferdError(f"n_samples = {settings.n_samples}; allowed: 65 to {largest}, so that real sets of that size give a floor")
+
+    def _claim_folder(self) -> None:
+        """Write ``config.json``, or refuse a folder that holds another run."""
+        path = self.folder / "config.json"
+        mine = json.loads(self.settings.model_copy(update={"run_folder": None}).model_dump_json())
+        if path.exists():
+            theirs = read_json(path).get("settings", {})
+            for name in mine.keys() | theirs.keys():
+                if mine.get(name) != theirs.get(name):
+                    raise SferdError(
+                        f"run folder {self.folder} was made with {name} = {theirs.get(name)}, these settings have {mine.get(name)}; "
+                        "allowed: the same settings, or another run_folder"
+                    )
+        else:
+            write_json(path, {"settings": mine, "made_with": provenance()})
+
+    # Stages -------------------------------------------------------------------------------------------------------------
+
+    def train_stage(
+        self, name: str, build: Callable[[], Denoiser], make_target: MakeTarget, data: Split, seed_of: str | None = None, **options: Any
+    ) -> Denoiser:
+        """Train the stage ``name`` unless its weights are there; its averaged weights, ready to use. ``options`` are TrainSettings'."""
+        path = self.folder / "weights" / f"{name}.safetensors"
+        if path.exists():
+            return load_model(path)[0]
+        settings = self.settings
+        options = {"ema_decay": settings.ema_decay} | options
+        training = TrainSettings(
+            batch_size=settings.batch_size,
+            label_dropout=settings.label_dropout if self.unet.classes else 0.0,
+            null_label=self.unet.classes,
+            checkpoint_every=settings.checkpoint_every,
+            seed=stage_seed(settings.seed, seed_of or name),
+            precision=settings.precision,
+            device=settings.device,
+            **options,
+        )
+        checkpoint = self.folder / "checkpoints" / f"{name}.safetensors"
+        started = time.perf_counter()
+        with tqdm(total=training.steps, desc=name, disable=not self.progress, leave=True) as bar:
+            for state in train(build(), make_target, data, training, checkpoint):
+                bar.update(state.step - bar.n)
+                if state.step % 20 == 0:
+                    bar.set_postfix(loss=f"{state.losses[-20:].mean():.4f}")
+        losses = pd.DataFrame({"stage": name, "step": range(1, training.steps + 1), "loss": state.losses.numpy()})
+        self._append("training.csv", losses, {"stage": name})
+        self._append("stages.csv", pd.DataFrame([{"stage": name, "seconds": time.perf_counter() - started}]), {"stage": name})
+        # The weights are what marks a stage as finished: written last, then the checkpoint is no longer needed.
+        self._save(path, state.ema, {"stage": name, "training": asdict(training)})
+        checkpoint.unlink()
+        return state.ema.requires_grad_(False)
+
+    def _save(self, path: Path, model: Model, info: dict[str, Any]) -> None:
+        save_model(path, model, {**info, "shape": list(self.shape), "data": self.data.name, "seed": self.settings.seed})
+
+    def teacher(self) -> NetworkDenoiser:
+        """The shipped teacher of this data set, or one trained here: with ``retrain``, or where none is shipped."""
+        path = self.folder / "weights" / "teacher.safetensors"
+        shipped = shipped_folder() / self.data.name / "teacher.safetensors"
+        if not path.exists() and shipped.exists() and not self.settings.retrain:
+            model, info = load_model(shipped)
+            if model.network.shape != self.unet:
+                raise SferdError(
+                    f"the shipped teacher has {model.network.shape}, these settings {self.unet}; set retrain = True to train one"
+                )
+            self._save(path, model, {key: value for key, value in info.items() if key in ("stage", "training")})
+        settings = self.settings
+        return self.train_stage(
+            "teacher",
+            lambda: NetworkDenoiser(seeded(lambda: UNet(self.unet), stage_seed(settings.seed, "teacher"))),
+            denoising_target(NetworkDenoiser.phi_lo, NetworkDenoiser.phi_hi),
+            self.train_split,
+            steps=settings.teacher_steps,
+            lr=settings.teacher_lr,
+            ema_decay=settings.teacher_ema_decay,
+            anneal="cosine",
+        )
+
+    def guide(self, teacher: Denoiser, guided: bool) -> Denoiser:
+        """``teacher`` with the settings' attention guidance, or itself."""
+        settings = self.settings
+        if not guided:
+            return teacher
+        return GuidedDenoiser(
+            teacher,
+            settings.guidance_weight,
+            form=settings.guidance_form,
+            threshold=settings.guidance_threshold,
+            blur_kernel=settings.blur_kernel,
+            blur_sigma=settings.blur_sigma,
+            layer=settings.guidance_layer,
+            mask=settings.guidance_mask,
+            seed=settings.seed,
+        )
+
+    def progressive(self, teacher: Denoiser, guided: bool, semantic: SemanticDenoiser | None = None) -> dict[int, Denoiser]:
+        """Progressive distillation from ``pd_start_steps`` down to 1: the student of each step count.
+
+        With ``semantic``, the z-conditional teacher, the chain distils that pair instead; its codes come from its frozen encoder.
+        """
+        settings = self.settings
+        stages = halving_schedule(settings.pd_start_steps)
+        told = on_labels if semantic is None else on_codes(semantic)
+        students: dict[int, Denoiser] = {}
+        source: Denoiser = teacher if semantic is None else semantic
+        for stage, (steps, updates) in enumerate(zip(stages, settings.pd_stage_steps, strict=True)):
+            guide = guided and (stage == 0 or settings.guide_every_stage)
+            students[steps] = self.train_stage(
+                f"{stage_name('pd', guided, semantic)}-{steps}",
+                lambda source=source: as_student(source),
+                ProgressiveTarget(self.guide(source, guide), steps, told, told),
+                self.train_split,
+                seed_of=f"pd-{steps}",
+                steps=updates if semantic is None else settings.sgp_distil_steps,
+                lr=settings.pd_lr,
+                anneal="linear",
+                loss=settings.pd_loss,
+                **self._z_options(semantic),
+            )
+            source = students[steps]
+        return students
+
+    def consistency(self, teacher: Denoiser, guided: bool, semantic: SemanticDenoiser | None = None) -> Denoiser:
+        """Consistency distillation: one student for every step count; of the z-conditional pair with ``semantic``."""
+        settings = self.settings
+        told = on_labels if semantic is None else on_codes(semantic)
+        source = teacher if semantic is None else semantic
+        return self.train_stage(
+            stage_name("cd", guided, semantic),
+            lambda: as_student(source),
+            ConsistencyTarget(self.guide(source, guided), settings.cd_boundaries, settings.cd_solver, told, told),
+            self.train_split,
+            seed_of="cd",
+            steps=settings.cd_steps if semantic is None else settings.sgp_distil_steps,
+            lr=settings.cd_lr,
+            anneal="linear",
+            loss=settings.cd_loss,
+            target_decay=settings.cd_target_decay,
+            **self._z_options(semantic),
+        )
+
+    def semantic_teacher(self, teacher: NetworkDenoiser) -> SemanticDenoiser:
+        """Encoder and gradient predictor trained on the frozen teacher by the denoising loss (PDAE): a z-conditional teacher."""
+        return self._train_semantic("teacher-sgp", teacher, denoising_target(teacher.phi_lo, teacher.phi_hi, on_images))
+
+    def semantic_student(self, method: str, teacher: Denoiser, students: dict[int, Denoiser], steps: int, guided: bool) -> SemanticDenoiser:
+        """Encoder and gradient predictor on the student of ``steps`` steps, for the "walk" and "data" targets.
+
+        "walk" is the target that the student itself was distilled with; "data" the guided teacher's prediction one sampling step on.
+        """
+        settings = self.settings
+        if settings.sgp_target == "data":
+            target: MakeTarget = DataTarget(self.guide(teacher, guided), steps, on_images)
+        elif method == "pd":
+            source = students.get(2 * steps, teacher)
+            guide = guided and (source is teacher or settings.guide_every_stage)
+            target = ProgressiveTarget(self.guide(source, guide), steps, on_images)
+        else:
+            target = ConsistencyTarget(
+                self.guide(teacher, guided), settings.cd_boundaries, settings.cd_solver, on_images, sampling_steps=steps
+            )
+        return self._train_semantic(f"{stage_name(method, guided)}-{steps}-sgp", students[steps], target, joint=settings.sgp_joint)
+
+    def _train_semantic(self, name: str, base: NetworkDenoiser, target: MakeTarget, joint: bool = False) -> SemanticDenoiser:
+        settings = self.settings
+
+        def build() -> SemanticDenoiser:
+            frozen = copy.deepcopy(base).requires_grad_(joint)
+            return seeded(lambda: SemanticDenoiser(frozen, settings.z_dim), stage_seed(settings.seed, "sgp"))
+
+        options = {
+            "steps": settings.sgp_steps,
+            "lr": settings.sgp_lr,
+            "anneal": "linear",
+            "z_dim": settings.z_dim,
+            "z_noise": settings.z_noise,
+        }
+        return self.train_stage(name, build, target, self.train_split, seed_of="sgp", **options)
+
+    def _z_options(self, semantic: SemanticDenoiser | None) -> dict[str, Any]:
+        return {} if semantic is None else {"z_dim": self.settings.z_dim, "z_noise": self.settings.z_noise}
+
+    def codes(self, model: SemanticDenoiser, images: Tensor) -> Tensor:
+        """The encoder's codes (N, z_dim) of ``images``."""
+        with torch.inference_mode():
+            model = model.to(self.device)
+            return torch.cat([model.encoder(part.to(self.device)) for part in images.split(1000)]).cpu()
+
+    def prior(self, name: str, model: SemanticDenoiser) -> Prior:
+        """The prior over ``model``'s codes of the training images, as the settings have it."""
+        path = self.folder / "weights" / f"{name}-prior.safetensors"
+        if path.exists():
+            return load_model(path)[0]
+        settings, codes = self.settings, self.codes(model, self.data.train.images).clone()
+        if settings.prior == "mixture":
+            prior: DiffusionPrior | MixturePrior = MixturePrior.fit(codes, settings.prior_components, settings.seed)
+        else:
+            mean, std = codes.mean(0), codes.std(0)
+            latent = self.train_latent(f"{name}-latent", (codes - mean) / std)
+            prior = DiffusionPrior(latent, mean, std, settings.prior_sampling_steps)
+        self._save(path, prior, {"stage": f"{name}-prior"})
+        return prior.eval()
+
+    def train_latent(self, name: str, codes: Tensor) -> LatentDenoiser:
+        """The latent prior's network, trained on standardised ``codes``."""
+        settings = self.settings
+        return self.train_stage(
+            name,
+            lambda: seeded(lambda: LatentDenoiser(codes.shape[1]), stage_seed(settings.seed, "prior")),
+            denoising_target(LatentDenoiser.phi_lo, LatentDenoiser.phi_hi),
+            Split(codes, None),
+            seed_of="prior",
+            steps=settings.prior_steps,
+            lr=1e-3,
+            anneal="linear",
+        )
+
+    # Scores -------------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        """The metrics on the shipped feature network of this data set, or on one trained here where none is shipped."""
+        path = shipped_folder() / self.data.name / "features.safetensors"
+        if not path.exists():
+            path = self.folder / "weights" / "features.safetensors"
+        if not path.exists():
+            split = self.data.features
+            if split.labels is None:
+                raise SferdError(f"{self.data.name} has no labels to train a feature network on; allowed: data sets with labels")
+            save_feature_network(path, train_feature_network(split.images, split.labels, self.data.classes), {"data": self.data.name})
+        network, digest = load_feature_network(path)
+        return Scorer(
+            network, digest, f"{self.data.name}-net", self.data.reference.images, self.data.train.images, k=self.settings.neighbours
+        )
+
+    def draw(self, row: Row, denoiser: Denoiser, n: int | None = None, prior: Prior | None = None, **condition: Tensor) -> Samples:
+        """``n`` samples for a row: the same noise, image by image, for every row of this run."""
+        n = n or self.settings.n_samples
+        if self.unet.classes:
+            condition["labels"] = torch.arange(n) % self.data.classes
+        return sample(
+            denoiser.to(self.device),
+            n,
+            self.shape,
+            row.steps,
+            method=row.sampler,
+            seed=self.settings.seed,
+            batch_size=self.settings.sampling_batch,
+            condition=condition,
+            prior=prior,
+            device=self.device,
+            progress=row.label if self.progress else None,
+        )
+
+    def evaluate(self, row: Row, denoiser: Denoiser, prior: Prior | None = None, **condition: Tensor) -> pd.DataFrame:
+        """Sample and score a row, with what it cost; or read it, where it has been done."""
+        known = self._known(row)
+        if known is not None:
+            return known
+        started = time.perf_counter()
+        samples = self.draw(row, denoiser, prior=prior, **condition)
+        seconds = time.perf_counter() - started
+        flops = self._flops(row, denoiser, prior, condition)
+        extra = {"sampling_ms_per_image": 1000 * seconds / len(samples.images), "sampling_mflops_per_image": flops / 1e6}
+        extra |= {f"nfe_{role}": float(count) for role, count in samples.nfe.items()}
+        if row.sampler != "consistency" or row.steps == 1:  # with fresh noise on the way there is no common trajectory
+            extra["teacher_mse"] = float((samples.images - self.yardstick).square().mean())
+        return self._record(row, samples.images, extra)
+
+    @cached_property
+    def yardstick(self) -> Tensor:
+        """The plain teacher's samples at its largest step count, on the noise that all rows share."""
+        row = Row("teacher", sampler="ddim", steps=self.settings.teacher_sampling_steps[-1])
+        return self.draw(row, self.teacher()).images
+
+    def _flops(self, row: Row, denoiser: Denoiser, prior: Prior | None, condition: dict[str, Tensor]) -> float:
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with FlopCounterMode(display=False) as counter:
+            self.draw(Row(row.method, sampler=row.sampler, steps=row.steps), denoiser, 4, prior, **{k: v[:4] for k, v in condition.items()})
+        return counter.get_total_flops() / 4
+
+    def evaluate_known_bad(self) -> pd.DataFrame:
+        """Scores of sets that are bad by construction: each has a metric that must see it, or the metrics are not to be trusted."""
+        frames = []
+        bad = known_bad(self.data.train.images, self.data.train.labels, self.settings.n_samples, self.settings.seed)
+        for name, (images, _) in bad.items():
+            row = Row(name)
+            known = self._known(row)
+            frames.append(self._record(row, images, {}) if known is None else known)
+        return pd.concat(frames, ignore_index=True)
+
+    def code_errors(self, row: Row, model: SemanticDenoiser, prior: Prior) -> pd.DataFrame:
+        """How much the code tells: squared error of one step from phi_hi to held-out images, for codes of four origins.
+
+        "encoder" is the image's own code, "shuffled" another image's, "mean" the average code, "prior" a draw. If z is used, the first
+        is lowest.
+        """
+        known = self._known(row)
+        if known is not None:
+            return known
+        images = self.data.reference.images
+        noise = SampleNoise(self.settings.seed, len(images), purpose=2)
+        x = add_noise(images, noise.draw(self.shape), model.phi_hi)
+        own = self.codes(model, images)
+        shuffled = own.roll(1, dims=0)
+        drawn = prior.from_noise(SampleNoise(self.settings.seed, len(images), purpose=1).draw((prior.noise_dim,))).detach()
+        values = {}
+        labels = {"labels": self.data.reference.labels.to(self.device)} if self.unet.classes else {}
+        for name, z in {"encoder": own, "shuffled": shuffled, "mean": own.mean(0, keepdim=True).expand_as(own), "prior": drawn}.items():
+            with torch.inference_mode():
+                predicted = model(x.to(self.device), model.phi_hi, z=z.to(self.device), **labels).x0.cpu()
+            values[f"reconstruction_mse_{name}"] = float((predicted - images).square().mean())
+        return self._append_rows(row, values)
+
+    def _known(self, row: Row) -> pd.DataFrame | None:
+        path = self.folder / "metrics.csv"
+        if not path.exists():
+            return None
+        table = read_table(path)
+        same = table[(table[list(asdict(row))] == list(asdict(row).values())).all(axis=1)]
+        return None if same.empty else same.reset_index(drop=True)
+
+    def _record(self, row: Row, images: Tensor, extra: dict[str, float]) -> pd.DataFrame:
+        save_tensors(self.folder / "samples" / f"{row.key}.safetensors", {"images": images[:KEPT]}, {"row": asdict(row)})
+        return self._append_rows(row, extra, [asdict(score) for score in self.scorer.scores(images)])
+
+    def _append_rows(self, row: Row, extra: dict[str, float], scores: list[dict[str, Any]] | None = None) -> pd.DataFrame:
+        numbers = (scores or []) + [{"metric": name, "value": value, "n": self.settings.n_samples} for name, value in extra.items()]
+        frame = pd.DataFrame([{**asdict(row), "seed": self.settings.seed, **number} for number in numbers])
+        self._append("metrics.csv", frame, asdict(row))
+        return frame
+
+    def _append(self, name: str, frame: pd.DataFrame, identity: dict[str, Any]) -> None:
+        """Put the rows of ``frame`` into a table, in place of those that have the same ``identity``; whole or not at all."""
+        path = self.folder / name
+        if path.exists():
+            old = read_table(path)
+            keep = ~(old[list(identity)] == list(identity.values())).all(axis=1)
+            frame = pd.concat([old[keep], frame], ignore_index=True)
+        with replacing(path) as temporary:
+            frame.to_csv(temporary, index=False)
+
+    def images(self, row: Row) -> Tensor:
+        """The kept samples of an evaluated row."""
+        return load_tensors(self.folder / "samples" / f"{row.key}.safetensors")[0]["images"]
+
+    # The whole way ------------------------------------------------------------------------------------------------------
+
+    def evaluate_teacher(self) -> Iterator[Row]:
+        """Score the teacher at its step counts, and guided at the last; yields each row when done."""
+        teacher, counts = self.teacher(), self.settings.teacher_sampling_steps
+        rows = [Row("teacher", sampler="ddim", steps=steps) for steps in counts]
+        rows += [Row("teacher", guided, sampler="ddim", steps=counts[-1]) for guided in self.settings.guided if guided]
+        for row in rows:
+            self.evaluate(row, self.guide(teacher, row.guidance))
+            yield row
+
+    def evaluate_students(self) -> Iterator[Row]:
+        """Distil by every method, plain and guided as set, and score each student at its step counts; yields each row when done."""
+        for method, guided in ((method, guided) for method in self.settings.methods for guided in self.settings.guided):
+            students = self.students(method, guided)
+            for steps in self.settings.sampling_steps:
+                row = Row(method, guided, sampler="ddim" if method == "pd" else "consistency", steps=steps)
+                self.evaluate(row, students[steps])
+                yield row
+
+    def students(self, method: str, guided: bool) -> dict[int, Denoiser]:
+        """The distilled student for each step count."""
+        teacher = self.teacher()
+        if method == "pd":
+            return self.progressive(teacher, guided)
+        return dict.fromkeys({*self.settings.sampling_steps, *self.settings.sgp_sampling_steps}, self.consistency(teacher, guided))
+
+    def semantic_students(self, method: str, guided: bool) -> dict[int, tuple[SemanticDenoiser, Prior]]:
+        """For each step count in ``sgp_sampling_steps``: the student with its gradient predictor, and the prior over its codes."""
+        settings, teacher = self.settings, self.teacher()
+        if settings.sgp_target != "conditional":
+            students = self.students(method, guided)
+            models = {steps: self.semantic_student(method, teacher, students, steps, guided) for steps in settings.sgp_sampling_steps}
+            return {steps: (model, self.prior(f"{stage_name(method, guided)}-{steps}-sgp", model)) for steps, model in models.items()}
+        source = self.semantic_teacher(teacher)
+        prior = self.prior("teacher-sgp", source)  # the pair's encoder is the teacher's
+        if method == "pd":
+            pairs = self.progressive(teacher, guided, source)
+        else:
+            pairs = dict.fromkeys(settings.sgp_sampling_steps, self.consistency(teacher, guided, source))
+        return {steps: (pairs[steps], prior) for steps in settings.sgp_sampling_steps}
+
+    def evaluate_semantic(self) -> Iterator[Row]:
+        """Train and score the semantic gradient predictor on every student, with codes from the prior and from the true encoder."""
+        settings = self.settings
+        codes_of = self.data.train.images[: settings.n_samples]
+        if settings.sgp_target == "conditional":
+            # The z-conditional teacher in as few steps, not distilled: what the prior alone brings.
+            source = self.semantic_teacher(self.teacher())
+            for steps in settings.sgp_sampling_steps:
+                yield from self._evaluate_codes(
+                    Row("teacher", False, "conditional", "", "ddim", steps), source, self.prior("teacher-sgp", source), codes_of
+                )
+        for method, guided in ((method, guided) for method in settings.methods for guided in settings.guided):
+            for steps, (model, prior) in self.semantic_students(method, guided).items():
+                row = Row(method, guided, settings.sgp_target, "", "ddim" if method == "pd" else "consistency", steps)
+                yield from self._evaluate_codes(row, model, prior, codes_of)
+
+    def _evaluate_codes(self, row: Row, model: SemanticDenoiser, prior: Prior, codes_of: Tensor) -> Iterator[Row]:
+        told = Row(row.method, row.guidance, row.sgp, "prior", row.sampler, row.steps)
+        self.evaluate(told, model, prior=prior)
+        yield told
+        codes = self.codes(model, codes_of)
+        for name, z in {"encoder": codes, "mean": codes.mean(0, keepdim=True).expand_as(codes)}.items():
+            told = Row(row.method, row.guidance, row.sgp, name, row.sampler, row.steps)
+            self.evaluate(told, model, z=z)
+            yield told
+        self.code_errors(row, model, prior)
+
+    def table(self) -> pd.DataFrame:
+        """``metrics.csv`` as it stands."""
+        return read_table(self.folder / "metrics.csv")
+
+
+def read_table(path: Path | str) -> pd.DataFrame:
+    """A run's table with empty cells of text columns as empty strings."""
+    table = pd.read_csv(path)
+    for name in ("sgp", "z", "sampler", "features", "features_sha256"):
+        if name in table:
+            table[name] = table[name].fillna("").astype(str)
+    return table
+
+
+def stage_name(method: str, guided: bool, semantic: SemanticDenoiser | None = None) -> str:
+    """The name under which a student's weights are kept."""
+    return method + ("-guided" if guided else "") + ("-sgp" if semantic is not None else "")
+
+
+def as_student(source: Denoiser) -> Denoiser:
+    """A trainable copy of a teacher or an earlier student; a semantic pair's encoder stays frozen."""
+    student = copy.deepcopy(source).requires_grad_(True)
+    base = student.base if isinstance(student, SemanticDenoiser) else student
+    base.role = "student"
+    for denoiser in (student, base):
+        denoiser.evaluations = 0
+    if isinstance(student, SemanticDenoiser):
+        student.encoder.requires_grad_(False)
+    return student
+
+
+def on_images(batch: Batch) -> dict[str, Tensor]:
+    """Condition on the image itself, for a semantic denoiser to encode with the batch's noise on its code."""
+    return {**on_labels(batch), "image": batch.x0, "z_noise": batch.z_noise}
+
+
+def on_codes(semantic: SemanticDenoiser) -> Callable[[Batch], dict[str, Tensor]]:
+    """Condition on codes by the frozen encoder of ``semantic``, with the batch's noise: the same for teacher and student."""
+    encoder = copy.deepcopy(semantic.encoder).eval().requires_grad_(False)
+
+    def condition(batch: Batch) -> dict[str, Tensor]:
+        with torch.no_grad():
+            return {**on_labels(batch), "z": encoder.to(batch.x0.device)(batch.x0) + batch.z_noise}
+
+    return condition
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """One line a row of ``metrics.csv``: the scores, evaluations and cost of each method, FD beside its floor."""
+    identity = [field for field in Row.__dataclass_fields__]
+    scored = table[
+        table["metric"].isin(table.loc[table["floor"].notna(), "metric"])
+        | table["metric"].str.startswith(("sampling_", "nfe_", "teacher_mse"))
+    ]
+    wide = scored.pivot_table(index=identity, columns="metric", values="value", sort=False)
+    return wide[[column for column in COLUMNS if column in wide]]
+
+
+COLUMNS = ("fd", "kid", "precision", "recall", "density", "coverage", "memorisation_ratio", "teacher_mse", "nfe_teacher", "nfe_student")
+COLUMNS += ("nfe_gradient", "nfe_prior", "sampling_mflops_per_image", "sampling_ms_per_image")
