@@ -77,7 +77,7 @@ class Pretrained:
     info: dict[str, Any]
 
     def sample(self, n: int, steps: int = 16, seed: int = 0, prior: Prior | None = None, **options: Any) -> Tensor:
-        """``n`` images (n, C, H, W), nominally in [-1, 1], by DDIM in ``steps`` steps; further ``options`` are those of ``sample.sample``."""
+        """``n`` images (n, C, H, W), nominally in [-1, 1], by DDIM in ``steps`` steps; ``options`` go to ``sample.sample``."""
         return sample(self.denoiser, n, self.shape, steps, seed=seed, prior=prior, **options).images
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -64,7 +64,7 @@ class Settings(BaseModel):
     cd_target_decay: Fraction = Field(0.0, description="EMA decay of the target network; 0: the student without gradient")
 
     guidance_weight: Annotated[float, Field(ge=-2, le=10)] = Field(0.3, description="w; the authors' scale 1.3 is 0.3")
-    guidance_form: Literal["x0", "eps"] = Field("x0", description="the paper's figure (x0) or SAG and the authors' code (eps)")
+    guidance_form: Literal["x0", "eps"] = Field("eps", description="the paper's figure (x0) or SAG and the authors' code (eps)")
     guidance_threshold: Positive = Field(1.0, description="blur where attention exceeds this multiple of the average")
     guidance_layer: str | None = Field(None, description="attention layer; None: first of the decoder")
     guidance_mask: Literal["attention", "random", "inverse", "edge", "full"] = Field("attention", description="mask, or a control")
@@ -141,9 +141,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     | {
         "data": "fashion-mnist",
         "image_size": 16,
-        "widths": (32, 64),
+        "widths": (24, 48),
         "attention": (1,),
-        "teacher_steps": 20_000,
+        "teacher_steps": 10_000,
         "pd_stage_steps": (1000, 2000, 2000),
         "cd_steps": 4000,
         "blur_kernel": 7,
@@ -226,6 +226,20 @@ def notebook_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
             break
         names |= assigned
     return {name: namespace[name] for name in sorted(names | (set(Settings.model_fields) & set(namespace)))}
+
+
+def parse_literals(arguments: Sequence[str]) -> dict[str, Any]:
+    """Command-line words ``name=value`` as parameters; a value that is no Python literal is text. Nothing is evaluated as code."""
+    parameters = {}
+    for argument in arguments:
+        name, separator, value = argument.partition("=")
+        if not separator:
+            raise SferdError(f"argument '{argument}'; allowed: name=value")
+        try:
+            parameters[name] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            parameters[name] = value
+    return parameters
 
 
 def _assigned_literals(source: str) -> set[str] | None:

@@ -1,9 +1,9 @@
 """The main job as steps on a run folder, which ``notebooks/experiment.ipynb`` calls in order.
 
-A run is a folder: ``config.json`` (settings, versions, commit, hardware), ``weights/*.safetensors``, ``checkpoints/`` of the stage under way,
-``training.csv`` (a loss a row), ``metrics.csv`` (a number a row), ``samples/`` (the first images behind each score) and ``figures/``. Every step
-looks into the folder first: what is finished is read, what is not is done or continued. So the same call after an interruption goes on
-where it stopped, and ends with the same weights.
+A run is a folder: ``config.json`` (settings, versions, commit, hardware), ``weights/*.safetensors``, ``checkpoints/`` of the stage under
+way, ``training.csv`` (a loss a row), ``metrics.csv`` (a number a row), ``samples/`` (the first images behind each score) and ``figures/``.
+Every step looks into the folder first: what is finished is read, what is not is done or continued. So the same call after an interruption
+goes on where it stopped, and ends with the same weights.
 """
 
 from __future__ import annotations
@@ -600,7 +600,7 @@ def on_codes(semantic: SemanticDenoiser) -> Callable[[Batch], dict[str, Tensor]]
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
     """One line a row of ``metrics.csv``: the scores, evaluations and cost of each method, FD beside its floor."""
-    identity = [field for field in Row.__dataclass_fields__]
+    identity = list(Row.__dataclass_fields__)
     scored = table[
         table["metric"].isin(table.loc[table["floor"].notna(), "metric"])
         | table["metric"].str.startswith(("sampling_", "nfe_", "teacher_mse"))

@@ -122,6 +122,12 @@ def train_feature_network(
     return network.requires_grad_(False)
 
 
+@torch.inference_mode()
+def accuracy(network: FeatureNetwork, images: Tensor, labels: Tensor) -> float:
+    """Share of ``images`` (N, C, H, W) that the network gives their ``labels`` (N,)."""
+    return float(torch.cat([network(part).argmax(1) for part in images.split(1000)]).eq(labels).float().mean())
+
+
 def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):

@@ -1,0 +1,112 @@
+"""Figures of the experiment. Every function returns a matplotlib figure and colours are safe for colour-blind readers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+from torch import Tensor
+
+PALETTE = sns.color_palette("colorblind")
+
+
+def tile(images: Tensor, columns: int) -> np.ndarray:
+    """Images (N, C, H, W) in [-1, 1] as one picture, row by row with a pixel between them: (rows (H+1), columns (W+1)[, 3]) in [0, 1]."""
+    pixels = ((images.clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).numpy()
+    count, height, width, channels = pixels.shape
+    rows = -(-count // columns)
+    picture = np.ones((rows * (height + 1) - 1, columns * (width + 1) - 1, channels))
+    for index, image in enumerate(pixels):
+        top, left = index // columns * (height + 1), index % columns * (width + 1)
+        picture[top : top + height, left : left + width] = image
+    return picture[..., 0] if channels == 1 else picture
+
+
+def show_grid(axes: plt.Axes, images: Tensor, columns: int, title: str) -> None:
+    """Draw ``images`` as a grid on ``axes``, without ticks."""
+    axes.imshow(tile(images, columns), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_title(title, fontsize=9)
+    axes.set_axis_off()
+
+
+def sample_grids(sets: dict[str, Tensor], count: int = 32, columns: int = 8, across: int = 3) -> Figure:
+    """The first ``count`` images of every set side by side. Drawn from the same noise, image k of one set belongs to image k of another."""
+    across = min(across, len(sets))
+    rows = -(-len(sets) // across)
+    height = 2.9 * -(-count // columns) / columns + 0.3
+    figure, grid = plt.subplots(rows, across, figsize=(3.1 * across, height * rows), squeeze=False, layout="constrained")
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, (title, images) in zip(grid.flat, sets.items(), strict=False):
+        show_grid(axes, images[:count], columns, title)
+    return figure
+
+
+def same_noise_rows(sets: dict[str, Tensor], count: int = 16) -> Figure:
+    """A row for each set, a column for each noise: what every model makes of the same starting point."""
+    figure, grid = plt.subplots(len(sets), 1, figsize=(9, 0.62 * len(sets)), squeeze=False, layout="constrained")
+    for axes, (title, images) in zip(grid.flat, sets.items(), strict=True):
+        axes.imshow(tile(images[:count], count), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.spines[:].set_visible(False)
+        axes.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9)
+    return figure
+
+
+def trajectory(states: Sequence[Tensor], predictions: Sequence[Tensor], phis: Sequence[float]) -> Figure:
+    """One sampler's walk: x_phi above, the x0 predicted there below, from noise on the left to data on the right.
+
+    ``states`` holds one image batch (B, C, H, W) more than ``predictions``; the first image of each is drawn.
+    """
+    figure, grid = plt.subplots(2, len(states), figsize=(1.15 * len(states), 2.7), layout="constrained")
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for column, (x, phi) in enumerate(zip(states, phis, strict=True)):
+        show_grid(grid[0, column], x[:1], 1, f"$\\varphi$ = {phi / np.pi:.2f}$\\pi$")
+        if column < len(predictions):
+            show_grid(grid[1, column], predictions[column][:1], 1, "predicted $x_0$")
+    return figure
+
+
+def training_curves(losses: pd.DataFrame) -> Figure:
+    """Loss against step for each stage, averaged over 20 steps. ``losses`` has the columns stage, step, loss."""
+    smooth = losses.assign(step=(losses["step"] - 1) // 20 * 20 + 10).groupby(["stage", "step"], sort=False, as_index=False)["loss"].mean()
+    chart = sns.relplot(smooth, x="step", y="loss", col="stage", col_wrap=5, kind="line", height=1.7, aspect=1.3, color=PALETTE[0],
+                        facet_kws={"sharex": False, "sharey": False})  # fmt: skip
+    chart.set_titles("{col_name}", size=9).set(yscale="log").set_axis_labels("step", "loss")
+    return chart.figure
+
+
+def metric_versus_steps(table: pd.DataFrame, metric: str, label: str) -> Figure:
+    """A metric against the number of sampling steps for teacher and students, with the floor of real images and its spread.
+
+    ``table`` is a run's ``metrics.csv``. Guided rows are dashed; rows with a semantic gradient predictor are stars (codes from the prior).
+    """
+    rows = table[(table["metric"] == metric) & (table["steps"] > 0)]
+    figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    for colour, (method, part) in zip(PALETTE, rows.groupby("method", sort=False), strict=False):
+        for guided, line in part[part["sgp"] == ""].groupby("guidance"):
+            name = method + (" + guidance" if guided else "")
+            axes.plot(
+                line["steps"], line["value"], "o--" if guided else "o-", color=colour, label=name, fillstyle="none" if guided else "full"
+            )
+        for guided, stars in part[part["z"] == "prior"].groupby("guidance"):
+            name = f"{method}{' + guidance' if guided else ''} + SGP"
+            axes.plot(stars["steps"] * (1.08 if guided else 0.93), stars["value"], "*", ms=12, color=colour, mec="black", label=name,
+                      fillstyle="none" if guided else "full")  # fmt: skip
+    floor, spread = rows["floor"].iloc[0], rows["floor_sd"].iloc[0]
+    axes.axhspan(floor - spread, floor + spread, color="gray", alpha=0.3, label="real images (mean ± sd)")
+    ticks = sorted(rows["steps"].unique())
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, ticks)
+    if metric == "fd":
+        axes.set_yscale("log")
+    axes.set_xlabel("sampling steps")
+    axes.set_ylabel(label)
+    axes.legend(fontsize=8, ncols=2)
+    return figure
