@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import platform
 import subprocess
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -24,8 +26,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from sferd_lab.artifacts import Model, load_model, save_model, seeded, shipped_folder
 from sferd_lab.config import Settings
@@ -104,7 +107,7 @@ class Run:
 
     def __init__(self, settings: Settings, progress: bool = True) -> None:
         self.settings, self.progress = settings, progress
-        default = project_folder() / "runs" / f"{settings.preset}-seed{settings.seed}"
+        default = Path(os.environ.get("SFERD_LAB_RUNS") or project_folder() / "runs") / f"{settings.preset}-seed{settings.seed}"
         self.folder = Path(settings.run_folder) if settings.run_folder else default
         self.data: ImageData = load_images(settings.data, settings.image_size)
         self.shape = self.data.shape
@@ -555,6 +558,11 @@ class Run:
         """``metrics.csv`` as it stands."""
         return read_table(self.folder / "metrics.csv")
 
+    def save_figure(self, name: str, figure: Figure) -> None:
+        """Keep ``figure`` as ``figures/<name>.png``."""
+        with replacing(self.folder / "figures" / f"{name}.png") as temporary:
+            figure.savefig(temporary, format="png", dpi=150)
+
 
 def read_table(path: Path | str) -> pd.DataFrame:
     """A run's table with empty cells of text columns as empty strings."""
@@ -598,16 +606,70 @@ def on_codes(semantic: SemanticDenoiser) -> Callable[[Batch], dict[str, Tensor]]
     return condition
 
 
+# The columns of ``summary``, where a run has them.
+SUMMARY = [
+    *("fd", "kid", "precision", "recall", "density", "coverage", "memorisation_ratio", "teacher_mse"),
+    *("nfe_teacher", "nfe_student", "nfe_gradient", "nfe_prior", "sampling_mflops_per_image", "sampling_ms_per_image"),
+]
+
+
 def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """One line a row of ``metrics.csv``: the scores, evaluations and cost of each method, FD beside its floor."""
-    identity = list(Row.__dataclass_fields__)
-    scored = table[
-        table["metric"].isin(table.loc[table["floor"].notna(), "metric"])
-        | table["metric"].str.startswith(("sampling_", "nfe_", "teacher_mse"))
-    ]
-    wide = scored.pivot_table(index=identity, columns="metric", values="value", sort=False)
-    return wide[[column for column in COLUMNS if column in wide]]
+    """One line a set of samples: its scores, evaluations and cost; the first line is the floor, real images against real images."""
+    rows = table[table["metric"].isin(SUMMARY)]
+    names = rows[list(Row.__dataclass_fields__)].apply(lambda row: Row(*row).label, axis=1)
+    wide = rows.assign(samples=names).pivot_table(index="samples", columns="metric", values="value", sort=False)
+    floor = rows.dropna(subset="floor").drop_duplicates("metric").set_index("metric")["floor"].rename("floor: real images")
+    wide = pd.concat([floor.to_frame().T, wide])
+    return wide[[column for column in SUMMARY if column in wide]]
 
 
-COLUMNS = ("fd", "kid", "precision", "recall", "density", "coverage", "memorisation_ratio", "teacher_mse", "nfe_teacher", "nfe_student")
-COLUMNS += ("nfe_gradient", "nfe_prior", "sampling_mflops_per_image", "sampling_ms_per_image")
+def effects(table: pd.DataFrame, metric: str = "fd") -> pd.DataFrame:
+    """What guidance and the semantic gradient predictor each do: ``metric`` of each method and step count, and ratios to the plain student.
+
+    One training seed: ratios within about the floor's own spread of 1 are noise. Codes come from the prior.
+    """
+    rows = table[(table["metric"] == metric) & table["method"].isin(("pd", "cd")) & table["z"].isin(("", "prior"))]
+    name = rows["guidance"].map({False: "", True: "+guidance"}) + rows["sgp"].map(lambda sgp: "+sgp" if sgp else "")
+    wide = rows.assign(variant=name.replace("", "plain")).pivot_table(
+        index=["method", "steps"], columns="variant", values="value", sort=False
+    )
+    for variant in [column for column in wide if column != "plain"]:
+        wide[f"{variant} / plain"] = wide[variant] / wide["plain"]
+    return wide
+
+
+def known_bad_verdicts(run: Run) -> pd.DataFrame:
+    """For each set that is bad by construction: the metric that must see it, its value, the best teacher's, and whether it ranks below."""
+    table, counts = run.table(), run.settings.teacher_sampling_steps
+    images, labels = run.data.train.images, run.data.train.labels
+    watch = {Row(name): metric for name, (_, metric) in known_bad(images, labels, run.settings.n_samples, run.settings.seed).items()}
+    if 4 in counts[:-1]:
+        watch[Row("teacher", sampler="ddim", steps=4)] = "fd"
+
+    def value(row: Row, metric: str) -> float:
+        chosen = (table[list(asdict(row))] == list(asdict(row).values())).all(axis=1) & (table["metric"] == metric)
+        return float(table.loc[chosen, "value"].iloc[0])
+
+    best = Row("teacher", sampler="ddim", steps=counts[-1])
+    lines = [(row.label, metric, value(row, metric), value(best, metric)) for row, metric in watch.items()]
+    verdicts = pd.DataFrame(lines, columns=["samples", "metric", "value", "teacher"])
+    higher_is_better = verdicts["metric"] != "fd"
+    verdicts["ranks below the teacher"] = (verdicts["value"] < verdicts["teacher"]) == higher_is_better
+    return verdicts
+
+
+def main(folder: str) -> None:
+    """Print a run's table and where its files are."""
+    path = Path(folder)
+    table = read_table(path / "metrics.csv")
+    columns = ["fd", "kid", "recall", "memorisation_ratio", "teacher_mse", "sampling_mflops_per_image"]
+    wide = summary(table)
+    text = wide[[column for column in columns if column in wide]].to_string(float_format=lambda value: f"{value:.4g}", na_rep="")
+    tail = "\n".join(f"  {file}" for file in sorted(path.iterdir()) if not file.name.startswith("."))
+    sys.stdout.write(
+        f"\n{text}\n\nFD is on the features of {table['features'][table['features'] != ''].iloc[0]}, not Inception's.\n{tail}\n"
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from sferd_lab.denoiser import Denoiser, Prediction
 from sferd_lab.diffusion import add_noise, angle_grid, check_descending, ddim_step, ddpm_step, heun_velocity

@@ -1,0 +1,50 @@
+# The commands of README.md. Everything runs in .venv, which the first command makes.
+PYTHON ?= python3
+preset ?= digits
+seed ?= 1
+run_folder ?= runs/$(preset)-seed$(seed)
+
+BIN := .venv/bin
+# name=value pairs on the command line are the notebook's parameters: make experiment seed=2 retrain=true
+parameters = $(foreach pair,$(filter-out PYTHON=% run_folder=%,$(MAKEOVERRIDES)),-p $(word 1,$(subst =, ,$(pair))) '$(word 2,$(subst =, ,$(pair)))')
+
+.PHONY: experiment test test-notebooks lint mutants shipped clean
+
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; try: make PYTHON=python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch .venv/ready
+
+# Train, distil, sample and score, by running the notebook; then a page of it without code, and the table.
+experiment: .venv/ready
+	@mkdir -p $(run_folder)
+	TQDM_MININTERVAL=10 $(BIN)/papermill --log-output --no-progress-bar notebooks/experiment.ipynb $(run_folder)/experiment.ipynb \
+		-p run_folder $(run_folder) $(parameters)
+	$(BIN)/jupyter nbconvert --log-level WARN --to html --no-input --TagRemovePreprocessor.enabled True \
+		--TagRemovePreprocessor.remove_all_outputs_tags progress $(run_folder)/experiment.ipynb
+	$(BIN)/python -m sferd_lab.experiment $(run_folder)
+
+test: .venv/ready lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
+	$(MAKE) test-notebooks
+
+test-notebooks: .venv/ready
+	folder=$$(mktemp -d) && SFERD_LAB_TINY=1 SFERD_LAB_RUNS=$$folder $(BIN)/python -m pytest \
+		--nbval-lax --nbval-current-env --nbval-cell-timeout 300 notebooks; status=$$?; rm -rf $$folder; exit $$status
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Show that the tests can fail: mutations of the library, one by one, each caught by the test named for it.
+mutants: .venv/ready
+	$(BIN)/python tests/mutants/run.py
+
+# Make the files under data/ again: hours for fashion16.
+shipped: .venv/ready
+	$(BIN)/python -m sferd_lab.ship digits
+	$(BIN)/python -m sferd_lab.ship fashion16 n_samples=2000
+
+clean:
+	rm -rf .venv build dist
