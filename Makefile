@@ -23,7 +23,7 @@ experiment: .venv/ready
 		-p run_folder $(run_folder) $(parameters)
 	$(BIN)/jupyter nbconvert --log-level WARN --to html --no-input --TagRemovePreprocessor.enabled True \
 		--TagRemovePreprocessor.remove_all_outputs_tags progress $(run_folder)/experiment.ipynb
-	$(BIN)/python -m sferd_lab.experiment $(run_folder)
+	$(BIN)/python -m sferd_lab.report $(run_folder)
 
 test: .venv/ready lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests

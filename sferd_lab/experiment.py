@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -604,72 +603,3 @@ def on_codes(semantic: SemanticDenoiser) -> Callable[[Batch], dict[str, Tensor]]
             return {**on_labels(batch), "z": encoder.to(batch.x0.device)(batch.x0) + batch.z_noise}
 
     return condition
-
-
-# The columns of ``summary``, where a run has them.
-SUMMARY = [
-    *("fd", "kid", "precision", "recall", "density", "coverage", "memorisation_ratio", "teacher_mse"),
-    *("nfe_teacher", "nfe_student", "nfe_gradient", "nfe_prior", "sampling_mflops_per_image", "sampling_ms_per_image"),
-]
-
-
-def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """One line a set of samples: its scores, evaluations and cost; the first line is the floor, real images against real images."""
-    rows = table[table["metric"].isin(SUMMARY)]
-    names = rows[list(Row.__dataclass_fields__)].apply(lambda row: Row(*row).label, axis=1)
-    wide = rows.assign(samples=names).pivot_table(index="samples", columns="metric", values="value", sort=False)
-    floor = rows.dropna(subset="floor").drop_duplicates("metric").set_index("metric")["floor"].rename("floor: real images")
-    wide = pd.concat([floor.to_frame().T, wide])
-    return wide[[column for column in SUMMARY if column in wide]]
-
-
-def effects(table: pd.DataFrame, metric: str = "fd") -> pd.DataFrame:
-    """What guidance and the semantic gradient predictor each do: ``metric`` of each method and step count, and ratios to the plain student.
-
-    One training seed: ratios within about the floor's own spread of 1 are noise. Codes come from the prior.
-    """
-    rows = table[(table["metric"] == metric) & table["method"].isin(("pd", "cd")) & table["z"].isin(("", "prior"))]
-    name = rows["guidance"].map({False: "", True: "+guidance"}) + rows["sgp"].map(lambda sgp: "+sgp" if sgp else "")
-    wide = rows.assign(variant=name.replace("", "plain")).pivot_table(
-        index=["method", "steps"], columns="variant", values="value", sort=False
-    )
-    for variant in [column for column in wide if column != "plain"]:
-        wide[f"{variant} / plain"] = wide[variant] / wide["plain"]
-    return wide
-
-
-def known_bad_verdicts(run: Run) -> pd.DataFrame:
-    """For each set that is bad by construction: the metric that must see it, its value, the best teacher's, and whether it ranks below."""
-    table, counts = run.table(), run.settings.teacher_sampling_steps
-    images, labels = run.data.train.images, run.data.train.labels
-    watch = {Row(name): metric for name, (_, metric) in known_bad(images, labels, run.settings.n_samples, run.settings.seed).items()}
-    if 4 in counts[:-1]:
-        watch[Row("teacher", sampler="ddim", steps=4)] = "fd"
-
-    def value(row: Row, metric: str) -> float:
-        chosen = (table[list(asdict(row))] == list(asdict(row).values())).all(axis=1) & (table["metric"] == metric)
-        return float(table.loc[chosen, "value"].iloc[0])
-
-    best = Row("teacher", sampler="ddim", steps=counts[-1])
-    lines = [(row.label, metric, value(row, metric), value(best, metric)) for row, metric in watch.items()]
-    verdicts = pd.DataFrame(lines, columns=["samples", "metric", "value", "teacher"])
-    higher_is_better = verdicts["metric"] != "fd"
-    verdicts["ranks below the teacher"] = (verdicts["value"] < verdicts["teacher"]) == higher_is_better
-    return verdicts
-
-
-def main(folder: str) -> None:
-    """Print a run's table and where its files are."""
-    path = Path(folder)
-    table = read_table(path / "metrics.csv")
-    columns = ["fd", "kid", "recall", "memorisation_ratio", "teacher_mse", "sampling_mflops_per_image"]
-    wide = summary(table)
-    text = wide[[column for column in columns if column in wide]].to_string(float_format=lambda value: f"{value:.4g}", na_rep="")
-    tail = "\n".join(f"  {file}" for file in sorted(path.iterdir()) if not file.name.startswith("."))
-    sys.stdout.write(
-        f"\n{text}\n\nFD is on the features of {table['features'][table['features'] != ''].iloc[0]}, not Inception's.\n{tail}\n"
-    )
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

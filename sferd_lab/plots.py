@@ -97,8 +97,9 @@ def metric_versus_steps(table: pd.DataFrame, metric: str, label: str) -> Figure:
             )
         for guided, stars in part[part["z"] == "prior"].groupby("guidance"):
             name = f"{method}{' + guidance' if guided else ''} + SGP"
-            axes.plot(stars["steps"] * (1.08 if guided else 0.93), stars["value"], "*", ms=12, color=colour, mec="black", label=name,
-                      fillstyle="none" if guided else "full")  # fmt: skip
+            style = {"color": colour, "mec": colour if guided else "black", "mfc": "none" if guided else colour, "ms": 13, "mew": 1.5}
+            # Beside their column, so that stars of one step count do not hide each other.
+            axes.plot(stars["steps"] * (1.1 if guided else 0.92), stars["value"], "*", label=name, **style)
     floor, spread = rows["floor"].iloc[0], rows["floor_sd"].iloc[0]
     axes.axhspan(floor - spread, floor + spread, color="gray", alpha=0.3, label="real images (mean ± sd)")
     ticks = sorted(rows["steps"].unique())

@@ -1,0 +1,133 @@
+"""The project's files agree with each other: environments, notebook, shipped files, README."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from sferd_lab.artifacts import load_model, shipped_folder
+from sferd_lab.config import PRESETS, Settings
+from sferd_lab.data import load_images
+from sferd_lab.files import load_tensors, sha256
+from sferd_lab.metrics import extract, load_feature_network
+
+ROOT = Path(__file__).parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PINS = {canonicalize_name(line.split("==")[0]): line.split("==")[1] for line in (ROOT / "constraints.txt").read_text().split() if line}
+
+
+def needed() -> list[Requirement]:
+    project = PYPROJECT["project"]
+    return [Requirement(text) for text in project["dependencies"] + project["optional-dependencies"]["dev"]]
+
+
+def test_every_dependency_is_pinned_to_a_version_it_allows() -> None:
+    for requirement in needed():
+        assert canonicalize_name(requirement.name) in PINS, f"constraints.txt does not pin {requirement.name}"
+        assert requirement.specifier.contains(PINS[canonicalize_name(requirement.name)]), (
+            f"{requirement} excludes the pin {PINS[canonicalize_name(requirement.name)]}"
+        )
+
+
+def test_conda_takes_python_and_pip_and_leaves_the_rest_to_the_same_pins() -> None:
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    *conda, pip = environment["dependencies"]
+    assert [name.split("=")[0] for name in conda] == ["python", "pip"]
+    assert pip == {"pip": ["--constraint constraints.txt", "--editable .[dev]"]}
+    python = next(name for name in conda if name.startswith("python")).split("=")[1]
+    assert Requirement(f"python{PYPROJECT['project']['requires-python']}").specifier.contains(python)
+    assert '-c constraints.txt -e ".[dev]"' in (ROOT / "Makefile").read_text()
+
+
+def test_installed_packages_are_consistent() -> None:
+    check = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True, check=False)
+    assert check.returncode == 0, check.stdout
+
+
+def parameters_cell() -> str:
+    notebook = nbformat.read(ROOT / "notebooks" / "experiment.ipynb", as_version=4)
+    (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    return cell.source
+
+
+def test_every_setting_is_a_parameter_of_the_notebook_and_none_by_default() -> None:
+    statements = ast.parse(parameters_cell()).body
+    assert all(isinstance(statement, ast.AnnAssign) for statement in statements)
+    values = {statement.target.id: ast.literal_eval(statement.value) for statement in statements}
+    assert list(values) == list(Settings.model_fields)
+    assert values.pop("preset") == "digits"
+    assert set(values.values()) == {None}
+
+
+def test_papermill_reads_every_parameter_and_its_type() -> None:
+    from papermill.inspection import inspect_notebook
+
+    known = inspect_notebook(str(ROOT / "notebooks" / "experiment.ipynb"))
+    assert list(known) == list(Settings.model_fields)
+    assert all(entry["inferred_type_name"] in ("str", "int", "float", "bool", "list") for entry in known.values())
+
+
+def test_papermill_stops_at_an_unknown_or_impossible_parameter(tmp_path: Path) -> None:
+    import papermill
+
+    for name, value, words in (
+        ("sed", 3, "unknown parameter 'sed' = 3; allowed: "),
+        ("seed", -1, "'seed' = -1: .*greater than or equal to 0"),
+    ):
+        with pytest.raises(papermill.PapermillExecutionError, match=words):
+            papermill.execute_notebook(
+                ROOT / "notebooks" / "experiment.ipynb", tmp_path / "out.ipynb", {name: value, "run_folder": str(tmp_path / "run")},
+                progress_bar=False,
+            )  # fmt: skip
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["digits", "fashion-mnist-16"])
+def test_shipped_files_are_what_their_record_says(name: str) -> None:
+    folder = shipped_folder() / name
+    made = json.loads((folder / "made.json").read_text())
+    for part, digest in made["sha256"].items():
+        assert sha256(folder / f"{part}.safetensors") == digest
+    teacher, info = load_model(folder / "teacher.safetensors")
+    settings = Settings.model_validate(made["settings"])
+    assert teacher.network.shape.widths == settings.widths
+    assert (info["data"], info["seed"]) == (name, settings.seed)
+    for field, value in PRESETS[settings.preset].items():
+        if field != "n_samples":  # only how many images were scored
+            assert getattr(settings, field) == value, f"the preset's {field} has changed since the teacher was shipped"
+    assert all(file.stat().st_size < 4 * 2**20 for file in folder.iterdir())
+
+
+def test_the_reference_images_have_the_shipped_statistics() -> None:
+    network, digest = load_feature_network(shipped_folder() / "digits" / "features.safetensors")
+    statistics, info = load_tensors(shipped_folder() / "digits" / "reference.safetensors")
+    features = torch.from_numpy(extract(network, load_images("digits").reference.images))
+    assert info["features_sha256"] == digest
+    torch.testing.assert_close(features.mean(0), statistics["mean"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(features.T.cov(), statistics["covariance"], rtol=1e-3, atol=1e-3)
+
+
+def test_no_registry_host_or_pickle_is_named_in_the_project() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    hosts = re.compile("|".join(["pypi" + r"\.org", "python" + "hosted", "registry" + r"\.npmjs", "conda" + r"\.anaconda"]))
+    for name in listed:
+        if (ROOT / name).suffix in {".py", ".md", ".toml", ".yml", ".txt", ".ipynb", ""} and (ROOT / name).is_file():
+            assert not hosts.search((ROOT / name).read_text()), f"{name} names a package registry's host"
+
+
+def test_every_make_target_of_the_readme_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    named = set(re.findall(r"make ([a-z-]+)", (ROOT / "README.md").read_text()))
+    assert {"experiment", "test"} <= named <= targets
