@@ -60,7 +60,9 @@ class Settings(BaseModel):
     cd_steps: Count = Field(description="training steps of consistency distillation")
     cd_lr: Positive = Field(1e-3, description="learning rate of consistency distillation, annealed linearly to 0")
     cd_solver: Literal["ddim", "heun"] = Field("heun", description="teacher's step between neighbouring angles")
-    cd_loss: Literal["l2", "pseudo_huber"] = Field("pseudo_huber", description="distance between x0 predictions")
+    cd_loss: Literal["l2", "pseudo_huber", "v"] = Field(
+        "v", description="distance of x0: plain, pseudo-Huber, or (1+SNR)-weighted, which is v's"
+    )
     cd_target_decay: Fraction = Field(0.0, description="EMA decay of the target network; 0: the student without gradient")
 
     guidance_weight: Annotated[float, Field(ge=-2, le=10)] = Field(0.3, description="w; the authors' scale 1.3 is 0.3")
@@ -75,7 +77,8 @@ class Settings(BaseModel):
     sgp_target: Literal["walk", "data", "conditional"] = Field("conditional", description="where the predictor's target comes from")
     sgp_sampling_steps: Counts = Field((1,), description="step counts that get a semantic gradient predictor")
     sgp_steps: Count = Field(description="training steps of encoder and predictor")
-    sgp_distil_steps: Count = Field(200, description="training steps of each distillation stage of the conditional pair")
+    sgp_start_steps: Count = Field(2, description="teacher steps that progressive distillation of the conditional pair starts from")
+    sgp_distil_steps: Count = Field(description="training steps of each distillation stage of the conditional pair")
     sgp_lr: Positive = Field(1e-3, description="learning rate of encoder and predictor")
     sgp_joint: bool = Field(False, description="train the student together with encoder and predictor (walk and data targets)")
     z_dim: Count = Field(description="size of the semantic code, at most 1/8 of the pixels")
@@ -106,6 +109,12 @@ class Settings(BaseModel):
                 f"pd_stage_steps = {self.pd_stage_steps}; allowed: {len(stages)} numbers, "
                 f"since {self.pd_start_steps} teacher steps halve to {stages}"
             )
+        try:
+            sgp_stages = halving_schedule(self.sgp_start_steps)
+        except SferdError as error:
+            raise SferdError(f"sgp_start_steps = {self.sgp_start_steps}: {error}") from None
+        if self.sgp_target == "conditional" and not set(self.sgp_sampling_steps) <= set(sgp_stages):
+            raise SferdError(f"sgp_sampling_steps = {self.sgp_sampling_steps}; allowed: among {sgp_stages}, what sgp_start_steps halves to")
         for name in ("sampling_steps", "sgp_sampling_steps"):
             for steps in getattr(self, name):
                 if "pd" in self.methods and steps not in stages:
@@ -130,7 +139,8 @@ _DIGITS: dict[str, Any] = {
     "cd_steps": 800,
     "blur_kernel": 5,
     "blur_sigma": 1.0,
-    "sgp_steps": 300,
+    "sgp_steps": 1000,
+    "sgp_distil_steps": 300,
     "z_dim": 8,
     "n_samples": 500,
 }
@@ -148,7 +158,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "cd_steps": 4000,
         "blur_kernel": 7,
         "blur_sigma": 1.5,
-        "sgp_steps": 2000,
+        "sgp_steps": 4000,
+        "sgp_distil_steps": 2000,
         "z_dim": 32,
         "n_samples": 10_000,
     },

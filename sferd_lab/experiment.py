@@ -235,22 +235,25 @@ class Run:
     def progressive(self, teacher: Denoiser, guided: bool, semantic: SemanticDenoiser | None = None) -> dict[int, Denoiser]:
         """Progressive distillation from ``pd_start_steps`` down to 1: the student of each step count.
 
-        With ``semantic``, the z-conditional teacher, the chain distils that pair instead; its codes come from its frozen encoder.
+        With ``semantic``, the z-conditional teacher, the chain distils that pair instead, from ``sgp_start_steps``; codes come from its
+        frozen encoder.
         """
         settings = self.settings
-        stages = halving_schedule(settings.pd_start_steps)
-        told = on_labels if semantic is None else on_codes(semantic)
+        if semantic is None:
+            source, told, plan = teacher, on_labels, zip(halving_schedule(settings.pd_start_steps), settings.pd_stage_steps, strict=True)
+        else:
+            plan = ((steps, settings.sgp_distil_steps) for steps in halving_schedule(settings.sgp_start_steps))
+            source, told = semantic, on_codes(semantic)
         students: dict[int, Denoiser] = {}
-        source: Denoiser = teacher if semantic is None else semantic
-        for stage, (steps, updates) in enumerate(zip(stages, settings.pd_stage_steps, strict=True)):
-            guide = guided and (stage == 0 or settings.guide_every_stage)
+        for steps, updates in plan:
+            guide = guided and (not students or settings.guide_every_stage)
             students[steps] = self.train_stage(
                 f"{stage_name('pd', guided, semantic)}-{steps}",
                 lambda source=source: as_student(source),
                 ProgressiveTarget(self.guide(source, guide), steps, told, told),
                 self.train_split,
                 seed_of=f"pd-{steps}",
-                steps=updates if semantic is None else settings.sgp_distil_steps,
+                steps=updates,
                 lr=settings.pd_lr,
                 anneal="linear",
                 loss=settings.pd_loss,
