@@ -8,7 +8,7 @@ BIN := .venv/bin
 # name=value pairs on the command line are the notebook's parameters: make experiment seed=2 retrain=true
 parameters = $(foreach pair,$(filter-out PYTHON=% run_folder=%,$(MAKEOVERRIDES)),-p $(word 1,$(subst =, ,$(pair))) '$(word 2,$(subst =, ,$(pair)))')
 
-.PHONY: experiment test test-notebooks lint mutants shipped clean
+.PHONY: experiment test test-notebooks lint mutants shipped results clean
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; try: make PYTHON=python3.11 ..."; exit 1; }
@@ -45,6 +45,12 @@ mutants: .venv/ready
 shipped: .venv/ready
 	$(BIN)/python -m sferd_lab.ship digits
 	$(BIN)/python -m sferd_lab.ship fashion16 n_samples=2000
+
+# The digits results of README.md: the experiment with three seeds, put together under data/results/.
+results: .venv/ready
+	for seed in 1 2 3; do $(MAKE) experiment preset=digits seed=$$seed || exit 1; done
+	$(BIN)/python -m sferd_lab.ship results digits runs/digits-seed1 runs/digits-seed2 runs/digits-seed3
+	$(BIN)/python -m sferd_lab.report runs/digits-seed1 runs/digits-seed2 runs/digits-seed3
 
 clean:
 	rm -rf .venv build dist

@@ -211,7 +211,12 @@ def make_settings(preset: str = "digits", **parameters: Any) -> Settings:
     unknown = sorted(set(parameters) - set(Settings.model_fields))
     if unknown:
         raise SferdError(f"unknown parameter '{unknown[0]}' = {parameters[unknown[0]]!r}; allowed: {', '.join(Settings.model_fields)}")
-    given = {name: value for name, value in parameters.items() if value is not None}
+    # Papermill passes a list given on the command line as text.
+    given = {
+        name: _literal(value) if isinstance(value, str) and value.startswith(("[", "(")) else value
+        for name, value in parameters.items()
+        if value is not None
+    }
     tiny = TINY if os.environ.get("SFERD_LAB_TINY") == "1" else {}
     try:
         return Settings.model_validate({"preset": preset, **PRESETS[preset], **tiny, **given})
@@ -246,11 +251,16 @@ def parse_literals(arguments: Sequence[str]) -> dict[str, Any]:
         name, separator, value = argument.partition("=")
         if not separator:
             raise SferdError(f"argument '{argument}'; allowed: name=value")
-        try:
-            parameters[name] = ast.literal_eval(value)
-        except (SyntaxError, ValueError):
-            parameters[name] = value
+        parameters[name] = _literal(value)
     return parameters
+
+
+def _literal(text: str) -> Any:
+    """The Python literal that ``text`` spells, or the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
 
 
 def _assigned_literals(source: str) -> set[str] | None:

@@ -1,6 +1,6 @@
 """Tables read from a run folder: scores at a glance, what each part of the method does, and whether the scores can be trusted.
 
-``python -m sferd_lab.report RUN_FOLDER`` prints the first and the names of the files.
+``python -m sferd_lab.report RUN_FOLDER ...`` prints the first and the names of the files; for several runs, ratios over their seeds.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from sferd_lab.experiment import Row, Run, read_table
@@ -66,18 +67,41 @@ def known_bad_verdicts(run: Run) -> pd.DataFrame:
     return verdicts
 
 
-def main(folder: str) -> None:
-    """Print a run's table and where its files are."""
-    path = Path(folder)
-    table = read_table(path / "metrics.csv")
-    columns = ["fd", "kid", "recall", "memorisation_ratio", "teacher_mse", "sampling_mflops_per_image"]
-    wide = summary(table)
-    text = wide[[column for column in columns if column in wide]].to_string(float_format=lambda value: f"{value:.4g}", na_rep="")
-    tail = "\n".join(f"  {file}" for file in sorted(path.iterdir()) if not file.name.startswith("."))
-    sys.stdout.write(
-        f"\n{text}\n\nFD is on the features of {table['features'][table['features'] != ''].iloc[0]}, not Inception's.\n{tail}\n"
-    )
+def ratios(table: pd.DataFrame, metric: str = "fd", level: float = 0.95) -> pd.DataFrame:
+    """Ratios of ``metric`` to the plain student of the same method, step count and seed, over the seeds in ``table``.
+
+    The geometric mean with a t interval on the log ratio (``low``, ``high``; undefined for one seed), and the plain student's own mean.
+    Within a seed all rows share their sampling noise, so the ratio is paired.
+    """
+    from scipy import stats
+
+    parts = [effects(part, metric).assign(seed=seed).set_index("seed", append=True) for seed, part in table.groupby("seed")]
+    wide = pd.concat(parts)
+    lines = []
+    for (method, steps), group in wide.groupby(level=["method", "steps"], sort=False):
+        for variant in (column for column in group if column.endswith(" / plain")):
+            logs = np.log(group[variant].dropna())
+            if len(logs):
+                half = stats.t.ppf(0.5 + level / 2, len(logs) - 1) * logs.std(ddof=1) / len(logs) ** 0.5 if len(logs) > 1 else np.nan
+                low, middle, high = np.exp([logs.mean() - half, logs.mean(), logs.mean() + half])
+                lines.append((method, steps, variant.removesuffix(" / plain"), group["plain"].mean(), middle, low, high, len(logs)))
+    return pd.DataFrame(lines, columns=["method", "steps", "variant", f"plain {metric}", "ratio", "low", "high", "seeds"])
+
+
+def main(folders: list[str]) -> None:
+    """Print each run's table and where its files are; for several runs also the ratios over their seeds."""
+    columns = ["fd", "kid", "recall", "coverage", "memorisation_ratio", "teacher_mse", "sampling_mflops_per_image"]
+    tables = [read_table(Path(folder) / "metrics.csv") for folder in folders]
+    for folder, table in zip(map(Path, folders), tables, strict=True):
+        wide = summary(table)
+        text = wide[[column for column in columns if column in wide]].to_string(float_format=lambda value: f"{value:.4g}", na_rep="")
+        files = "\n".join(f"  {file}" for file in sorted(folder.iterdir()) if not file.name.startswith("."))
+        network = table["features"][table["features"] != ""].iloc[0]
+        sys.stdout.write(f"\n{text}\n\nFD is on the features of {network}, not Inception's.\n{files}\n")
+    if len(tables) > 1:
+        text = ratios(pd.concat(tables)).to_string(index=False, float_format=lambda value: f"{value:.3g}")
+        sys.stdout.write(f"\nFD as a ratio to the plain student, with a 95% interval over seeds\n{text}\n")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])

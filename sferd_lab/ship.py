@@ -1,4 +1,4 @@
-"""Make the files under ``data/`` that the package ships: ``python -m sferd_lab.ship PRESET [name=value ...]``.
+"""Make the files under ``data/``: ``python -m sferd_lab.ship PRESET [name=value ...]``, ``python -m sferd_lab.ship results NAME RUN ...``.
 
 For the preset's data set it trains the feature network, writes the statistics of the reference images on it, trains the teacher and
 scores it. Everything follows from the settings and their seed, so the command makes the same files again on the same machine.
@@ -7,6 +7,7 @@ scores it. Everything follows from the settings and their seed, so the command m
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -15,8 +16,8 @@ from sferd_lab.artifacts import save_model, shipped_folder
 from sferd_lab.config import make_settings, parse_literals
 from sferd_lab.data import ImageData
 from sferd_lab.errors import SferdError
-from sferd_lab.experiment import Run, provenance
-from sferd_lab.files import replacing, save_tensors, sha256, write_json
+from sferd_lab.experiment import Run, provenance, read_table
+from sferd_lab.files import read_json, replacing, save_tensors, sha256, write_json
 from sferd_lab.metrics import Scorer, accuracy, load_feature_network, save_feature_network, train_feature_network
 
 
@@ -56,5 +57,21 @@ def ship(preset: str, **parameters: object) -> None:
     write_json(folder / "made.json", {**about, "settings": settings.model_dump(mode="json")})
 
 
+def collect(name: str, folders: list[str]) -> None:
+    """Put the finished runs in ``folders`` together under ``data/results/<name>``: tables, settings, the first's figures."""
+    target = shipped_folder() / "results" / name
+    for table in ("metrics.csv", "stages.csv"):
+        parts = [read_table(Path(folder) / table).assign(run=Path(folder).name) for folder in folders]
+        with replacing(target / table) as temporary:
+            pd.concat(parts, ignore_index=True).to_csv(temporary, index=False)
+    write_json(target / "runs.json", {Path(folder).name: read_json(Path(folder) / "config.json") for folder in folders})
+    for figure in ("samples", "steps", "fd"):
+        with replacing(target / f"{figure}.png") as temporary:
+            temporary.write_bytes((Path(folders[0]) / "figures" / f"{figure}.png").read_bytes())
+
+
 if __name__ == "__main__":
-    ship(sys.argv[1], **parse_literals(sys.argv[2:]))
+    if sys.argv[1] == "results":
+        collect(sys.argv[2], sys.argv[3:])
+    else:
+        ship(sys.argv[1], **parse_literals(sys.argv[2:]))
