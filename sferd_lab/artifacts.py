@@ -18,7 +18,7 @@ from sferd_lab.semantic import DiffusionPrior, LatentDenoiser, MixturePrior, Sem
 from sferd_lab.train import load_part
 from sferd_lab.unet import UNet, UNetSettings, unet_info
 
-Model = NetworkDenoiser | SemanticDenoiser | DiffusionPrior | MixturePrior
+Model = NetworkDenoiser | SemanticDenoiser | LatentDenoiser | DiffusionPrior | MixturePrior
 
 
 def shipped_folder() -> Path:
@@ -40,6 +40,8 @@ def save_model(path: Path | str, model: Model, info: dict[str, Any]) -> None:
         kind = {"kind": "network", "role": model.role, "unet": unet_info(model.network)}
     elif isinstance(model, SemanticDenoiser):
         kind = {"kind": "semantic", "role": model.base.role, "unet": unet_info(model.base.network), "semantic": semantic_info(model)}
+    elif isinstance(model, LatentDenoiser):
+        kind = {"kind": "latent", "latent": model.settings}
     elif isinstance(model, DiffusionPrior):
         kind = {"kind": "diffusion prior", "latent": model.denoiser.settings, "steps": model.steps}
     else:
@@ -56,12 +58,14 @@ def load_model(path: Path | str) -> tuple[Model, dict[str, Any]]:
             model: Model = NetworkDenoiser(UNet(UNetSettings(**info["unet"])), info["role"])
         elif kind == "semantic":
             model = SemanticDenoiser(NetworkDenoiser(UNet(UNetSettings(**info["unet"])), info["role"]), **info["semantic"])
+        elif kind == "latent":
+            model = LatentDenoiser(**info["latent"])
         elif kind == "diffusion prior":
             model = DiffusionPrior(LatentDenoiser(**info["latent"]), torch.zeros_like(tensors["mean"]), tensors["std"], info["steps"])
         elif kind == "mixture prior":
             return MixturePrior(tensors["weights"], tensors["means"], tensors["covariances"]), info
         else:
-            raise SferdError(f"{path} holds a '{kind}'; expected a network, a semantic denoiser or a prior")
+            raise SferdError(f"{path} holds a '{kind}'; expected a network, a semantic denoiser, a latent network or a prior")
     except (KeyError, TypeError) as error:
         raise SferdError(f"{path} lacks what rebuilds its model: {error}") from None
     load_part(model, tensors, "", path)
@@ -82,13 +86,15 @@ class Pretrained:
 
 
 def load(name: str | Path) -> Pretrained:
-    """A shipped model by name ("digits/teacher", "fashion16/teacher") or any saved one by path. Raises SferdError listing what there is."""
+    """A shipped model by name ("digits/teacher") or any saved one by path. Raises SferdError listing what there is."""
     folder = shipped_folder()
     path = Path(name) if str(name).endswith(".safetensors") else folder / f"{name}.safetensors"
     if not path.is_file():
         shipped = sorted(str(file.relative_to(folder).with_suffix("")) for file in folder.glob("*/teacher.safetensors"))
         raise SferdError(f"no model '{name}'; allowed: {', '.join(shipped) or 'nothing is shipped'}, or the path of a .safetensors file")
     model, info = load_model(path)
-    if not isinstance(model, Denoiser):
-        raise SferdError(f"{path} holds a prior, which has no images of its own; load it with load_model and pass it to sample")
+    if not isinstance(model, NetworkDenoiser | SemanticDenoiser):
+        raise SferdError(f"{path} holds a {info['kind']}, which has no images of its own; load it with load_model and pass it to sample")
+    if "shape" not in info:
+        raise SferdError(f"{path} does not say the shape of its images; allowed: files saved with info that has shape = [C, H, W]")
     return Pretrained(model, tuple(info["shape"]), info)

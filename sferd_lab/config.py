@@ -22,6 +22,9 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Counts = Annotated[tuple[Count, ...], Field(min_length=1, max_length=16)]
 
+# What ast.literal_eval may raise, by its documentation.
+NOT_A_LITERAL = (SyntaxError, ValueError, TypeError, MemoryError, RecursionError)
+
 
 class Settings(BaseModel):
     """All settings of an experiment. The description of each field is its documentation; ``presets()`` lists the presets."""
@@ -127,6 +130,8 @@ class Settings(BaseModel):
             raise SferdError(f"attention = {self.attention}; allowed: levels 0 to {len(self.widths) - 1}")
         if any(width % self.heads for width in self.widths):
             raise SferdError(f"heads = {self.heads}; allowed: common divisors of widths = {self.widths}")
+        if self.sgp and self.batch_size < 2:
+            raise SferdError(f"batch_size = {self.batch_size}; allowed: 2 or more with sgp, whose encoder standardises codes over a batch")
 
 
 _DIGITS: dict[str, Any] = {
@@ -181,8 +186,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 TINY: dict[str, Any] = {
     "batch_size": 8,
     "teacher_steps": 4,
-    "pd_start_steps": 4,
-    "pd_stage_steps": (2, 2),
+    "pd_stage_steps": (2, 2, 2),
     "sampling_steps": (1, 2),
     "cd_boundaries": 4,
     "cd_steps": 2,
@@ -259,7 +263,7 @@ def _literal(text: str) -> Any:
     """The Python literal that ``text`` spells, or the text itself."""
     try:
         return ast.literal_eval(text)
-    except (SyntaxError, ValueError):
+    except NOT_A_LITERAL:
         return text
 
 
@@ -273,6 +277,6 @@ def _assigned_literals(source: str) -> set[str] | None:
                 return None
             ast.literal_eval(statement.value)
             names |= {target.id for target in targets}
-    except (SyntaxError, ValueError):
+    except NOT_A_LITERAL:
         return None
     return names or None

@@ -134,9 +134,18 @@ class Run:
             )
         if settings.class_conditional and not self.data.classes:
             raise SferdError(f"class_conditional = True; allowed: False, since {self.data.name} has no labels")
+        if min(height, width) < 8:
+            raise SferdError(f"image_size = {settings.image_size}; allowed: 8 or more, what the feature network behind the scores needs")
         largest = len(self.data.train.images)
         if not 64 < settings.n_samples <= largest:
             raise SferdError(f"n_samples = {settings.n_samples}; allowed: 65 to {largest}, so that real sets of that size give a floor")
+        most = min(settings.n_samples, len(self.data.reference.images)) - 1
+        if settings.neighbours > most:
+            raise SferdError(
+                f"neighbours = {settings.neighbours}; allowed: at most {most}, fewer than there are samples and reference images"
+            )
+        if settings.sgp and settings.prior == "mixture" and settings.prior_components > largest:
+            raise SferdError(f"prior_components = {settings.prior_components}; allowed: at most {largest}, one a training image")
 
     def _claim_folder(self) -> None:
         """Write ``config.json``, or refuse a folder that holds another run."""
@@ -144,7 +153,7 @@ class Run:
         mine = json.loads(self.settings.model_copy(update={"run_folder": None}).model_dump_json())
         if path.exists():
             theirs = read_json(path).get("settings", {})
-            for name in mine.keys() | theirs.keys():
+            for name in sorted(mine.keys() | theirs.keys()):
                 if mine.get(name) != theirs.get(name):
                     raise SferdError(
                         f"run folder {self.folder} was made with {name} = {theirs.get(name)}, these settings have {mine.get(name)}; "
@@ -161,7 +170,7 @@ class Run:
         """Train the stage ``name`` unless its weights are there; its averaged weights, ready to use. ``options`` are TrainSettings'."""
         path = self.folder / "weights" / f"{name}.safetensors"
         if path.exists():
-            return load_model(path)[0]
+            return load_model(path)[0].to(self.device)
         settings = self.settings
         options = {"ema_decay": settings.ema_decay} | options
         training = TrainSettings(
@@ -187,7 +196,7 @@ class Run:
         # The weights are what marks a stage as finished: written last, then the checkpoint is no longer needed.
         self._save(path, state.ema, {"stage": name, "training": asdict(training)})
         checkpoint.unlink()
-        return state.ema.requires_grad_(False)
+        return state.ema.requires_grad_(False).to(self.device)
 
     def _save(self, path: Path, model: Model, info: dict[str, Any]) -> None:
         save_model(path, model, {**info, "shape": list(self.shape), "data": self.data.name, "seed": self.settings.seed})
@@ -325,14 +334,13 @@ class Run:
     def codes(self, model: SemanticDenoiser, images: Tensor) -> Tensor:
         """The encoder's codes (N, z_dim) of ``images``."""
         with torch.inference_mode():
-            model = model.to(self.device)
             return torch.cat([model.encoder(part.to(self.device)) for part in images.split(1000)]).cpu()
 
     def prior(self, name: str, model: SemanticDenoiser) -> Prior:
         """The prior over ``model``'s codes of the training images, as the settings have it."""
         path = self.folder / "weights" / f"{name}-prior.safetensors"
         if path.exists():
-            return load_model(path)[0]
+            return load_model(path)[0].to(self.device)
         settings, codes = self.settings, self.codes(model, self.data.train.images).clone()
         if settings.prior == "mixture":
             prior: DiffusionPrior | MixturePrior = MixturePrior.fit(codes, settings.prior_components, settings.seed)
@@ -341,7 +349,7 @@ class Run:
             latent = self.train_latent(f"{name}-latent", (codes - mean) / std)
             prior = DiffusionPrior(latent, mean, std, settings.prior_sampling_steps)
         self._save(path, prior, {"stage": f"{name}-prior"})
-        return prior.eval()
+        return prior.eval().to(self.device)
 
     def train_latent(self, name: str, codes: Tensor) -> LatentDenoiser:
         """The latent prior's network, trained on standardised ``codes``."""
@@ -381,7 +389,7 @@ class Run:
         if self.unet.classes:
             condition["labels"] = torch.arange(n) % self.data.classes
         return sample(
-            denoiser.to(self.device),
+            denoiser,
             n,
             self.shape,
             row.steps,
@@ -568,11 +576,9 @@ class Run:
 
 def read_table(path: Path | str) -> pd.DataFrame:
     """A run's table with empty cells of text columns as empty strings."""
-    table = pd.read_csv(path)
-    for name in ("sgp", "z", "sampler", "features", "features_sha256"):
-        if name in table:
-            table[name] = table[name].fillna("").astype(str)
-    return table
+    text = ("sgp", "z", "sampler", "features", "features_sha256")
+    table = pd.read_csv(path, dtype=dict.fromkeys(text, str))
+    return table.fillna({name: "" for name in text if name in table})
 
 
 def stage_name(method: str, guided: bool, semantic: SemanticDenoiser | None = None) -> str:

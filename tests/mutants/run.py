@@ -74,7 +74,7 @@ def run_tests(tests: Iterable[str], mutation: Mutation | None = None) -> subproc
 
 
 def judge(mutation: Mutation) -> str:
-    """ "caught" when the test failed, "SURVIVED" when it passed, "BROKEN" with the reason when it could not be run."""
+    """What became of a mutation: "caught", the test failed; "SURVIVED", it passed; "BROKEN", with the reason, it did not run."""
     try:
         done = run_tests([mutation.test], mutation)
     except subprocess.TimeoutExpired:
@@ -111,4 +111,5 @@ def main(mutations: Sequence[Mutation], workers: int = 2) -> int:
 
 if __name__ == "__main__":
     wanted = sys.argv[1] if len(sys.argv) > 1 else ""
-    sys.exit(main([mutation for mutation in read_mutations() if any(wanted in text for text in (mutation.name, mutation.file, mutation.test))]))
+    chosen = [mutation for mutation in read_mutations() if any(wanted in text for text in (mutation.name, mutation.file, mutation.test))]
+    sys.exit(main(chosen))
