@@ -61,9 +61,10 @@ def load_model(path: Path | str) -> tuple[Model, dict[str, Any]]:
         elif kind == "latent":
             model = LatentDenoiser(**info["latent"])
         elif kind == "diffusion prior":
-            model = DiffusionPrior(LatentDenoiser(**info["latent"]), torch.zeros_like(tensors["mean"]), tensors["std"], info["steps"])
+            size = info["latent"]["z_dim"]
+            model = DiffusionPrior(LatentDenoiser(**info["latent"]), torch.zeros(size), torch.ones(size), info["steps"])
         elif kind == "mixture prior":
-            return MixturePrior(tensors["weights"], tensors["means"], tensors["covariances"]), info
+            model = MixturePrior(tensors["weights"], tensors["means"], tensors["covariances"])
         else:
             raise SferdError(f"{path} holds a '{kind}'; expected a network, a semantic denoiser, a latent network or a prior")
     except (KeyError, TypeError) as error:

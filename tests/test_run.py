@@ -50,7 +50,19 @@ def finished(tmp_path_factory: pytest.TempPathFactory, _tiny: None) -> Run:
 def test_a_run_leaves_settings_weights_and_a_number_a_row(finished: Run) -> None:
     assert {"config.json", "weights", "metrics.csv", "training.csv", "stages.csv", "samples"} <= {f.name for f in finished.folder.iterdir()}
     assert not list((finished.folder / "checkpoints").iterdir())
-    expected = {"teacher", "pd-2", "pd-1", "pd-guided-2", "pd-guided-1", "cd", "cd-guided", "teacher-sgp", "teacher-sgp-prior"}
+    expected = {
+        "teacher",
+        "pd-4",
+        "pd-2",
+        "pd-1",
+        "pd-guided-4",
+        "pd-guided-2",
+        "pd-guided-1",
+        "cd",
+        "cd-guided",
+        "teacher-sgp",
+        "teacher-sgp-prior",
+    }
     expected |= {"pd-sgp-1", "pd-guided-sgp-1", "cd-sgp", "cd-guided-sgp"}
     assert {name.removesuffix(".safetensors") for name in weights(finished.folder)} == expected
     table = finished.table()
