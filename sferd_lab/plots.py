@@ -11,6 +11,8 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from sferd_lab.errors import SferdError
+
 PALETTE = sns.color_palette("colorblind")
 
 
@@ -86,8 +88,12 @@ def metric_versus_steps(table: pd.DataFrame, metric: str, label: str) -> Figure:
     """A metric against the number of sampling steps for teacher and students, with the floor of real images and its spread.
 
     ``table`` is a run's ``metrics.csv``. Guided rows are dashed; rows with a semantic gradient predictor are stars (codes from the prior).
+    Raises SferdError for a metric that the table has no floor of.
     """
-    rows = table[(table["metric"] == metric) & (table["steps"] > 0)]
+    scored = table[(table["steps"] > 0) & table["floor"].notna()]
+    rows = scored[scored["metric"] == metric]
+    if rows.empty:
+        raise SferdError(f"metric = '{metric}'; allowed: {', '.join(scored['metric'].unique())}")
     figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
     for colour, (method, part) in zip(PALETTE, rows.groupby("method", sort=False), strict=False):
         for guided, line in part[part["sgp"] == ""].groupby("guidance"):

@@ -1,4 +1,4 @@
-"""The experiment on its run folder: what it leaves, that it continues, and what it refuses."""
+"""The whole experiment, once through, and the report on what it leaves; its parts are tested in test_experiment.py."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ import torch
 
 from sferd_lab import experiment, make_settings, metrics
 from sferd_lab.config import Settings
-from sferd_lab.errors import SferdError
-from sferd_lab.experiment import Row, Run, read_table, stage_seed
+from sferd_lab.experiment import Row, Run
 from sferd_lab.report import effects, known_bad_verdicts, ratios, summary
-from sferd_lab.train import TrainState
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -75,23 +73,6 @@ def test_a_run_leaves_settings_weights_and_a_number_a_row(finished: Run) -> None
     assert set(table["z"]) == {"", "prior", "encoder", "mean"}
 
 
-def value(run: Run, row: Row, metric: str) -> float:
-    table = run.table()
-    chosen = (table[list(Row.__dataclass_fields__)] == list(row.__dict__.values())).all(axis=1) & (table["metric"] == metric)
-    return float(table.loc[chosen, "value"].item())
-
-
-def test_every_row_counts_what_it_evaluated(finished: Run) -> None:
-    assert value(finished, Row("teacher", sampler="ddim", steps=4), "nfe_teacher") == 4
-    assert value(finished, Row("teacher", True, sampler="ddim", steps=4), "nfe_teacher") == 8
-    assert value(finished, Row("pd", sampler="ddim", steps=2), "nfe_student") == 2
-    semantic = Row("cd", True, "conditional", "prior", "consistency", 1)
-    assert (value(finished, semantic, "nfe_student"), value(finished, semantic, "nfe_gradient")) == (1, 1)
-    one, two = (value(finished, Row("pd", sampler="ddim", steps=steps), "sampling_mflops_per_image") for steps in (1, 2))
-    assert two == pytest.approx(2 * one)
-    assert one < value(finished, semantic, "sampling_mflops_per_image") < two
-
-
 def test_the_report_has_a_line_for_every_set_of_samples(finished: Run) -> None:
     wide = summary(finished.table())
     assert wide.index[0] == "floor: real images"
@@ -125,42 +106,6 @@ def test_a_finished_run_is_read_and_nothing_is_done_again(finished: Run, monkeyp
     assert (finished.folder / "metrics.csv").read_bytes() == before
 
 
-def test_an_interrupted_run_ends_in_the_same_weights(finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, steps = experiment.train, []
-
-    def interrupted(*arguments: Any, **options: Any) -> Iterator[TrainState]:
-        for state in real(*arguments, **options):
-            steps.append(state.step)
-            if len(steps) in (3, 6, 9):
-                raise KeyboardInterrupt
-            yield state
-
-    monkeypatch.setattr(experiment, "train", interrupted)
-    # checkpoint_every is part of the settings, not of the weights' bytes.
-    again = settings(tmp_path, checkpoint_every=1)
-    for _ in range(3):
-        with pytest.raises(KeyboardInterrupt):
-            whole(Run(again, progress=False))
-    whole(Run(again, progress=False))
-    tensors = {name: experiment.load_tensors(tmp_path / "weights" / name)[0] for name in weights(tmp_path)}
-    for name, mine in tensors.items():
-        other = experiment.load_tensors(finished.folder / "weights" / name)[0]
-        assert all(torch.equal(mine[key], other[key]) for key in other), name
-    trained = {"teacher": 4, "pd-2": 2, "pd-1": 2}
-    counts = pd.read_csv(tmp_path / "training.csv").groupby("stage")["step"].count()
-    assert {stage: counts[stage] for stage in trained} == trained
-
-
-def test_the_seed_decides_the_weights(finished: Run, tmp_path: Path) -> None:
-    same, other = (Run(settings(tmp_path / str(seed), seed=seed), progress=False) for seed in (1, 2))
-    same.teacher()
-    other.teacher()
-    mine = weights(finished.folder)["teacher.safetensors"]
-    assert weights(same.folder)["teacher.safetensors"] == mine
-    assert weights(other.folder)["teacher.safetensors"] != mine
-    assert stage_seed(1, "pd-2") != stage_seed(1, "pd-1")
-
-
 def test_guidance_of_weight_zero_gives_the_plain_student(tmp_path: Path) -> None:
     run = Run(settings(tmp_path, guidance_weight=0.0), progress=False)
     plain, guided = run.students("pd", False), run.students("pd", True)
@@ -181,39 +126,3 @@ def test_every_variant_runs_to_the_end(given: dict[str, Any], tmp_path: Path) ->
     for rows in (run.evaluate_students(), run.evaluate_semantic()):
         assert list(rows)
     assert run.table()["value"].notna().all()
-
-
-@pytest.mark.parametrize(
-    ("given", "words"),
-    [
-        ({"z_dim": 9}, "z_dim = 9; allowed: at most 8"),
-        ({"widths": [8] * 5}, "multiples of 16"),
-        ({"n_samples": 900}, "n_samples = 900; allowed: 65 to 847"),
-        ({"n_samples": 64}, "n_samples = 64"),
-        ({"blur_kernel": 17}, "blur kernel = 17; allowed: odd, 1 to 15"),
-        ({"guidance_layer": "decoder.7.7"}, "attention layer 'decoder.7.7'; allowed: "),
-        ({"attention": [], "guidance_layer": "up"}, "attention layer 'up'; allowed: middle"),
-        ({"image_size": 3}, "3"),
-    ],
-)
-def test_what_does_not_fit_the_data_is_refused_before_anything_is_made(given: dict[str, Any], words: str, tmp_path: Path) -> None:
-    with pytest.raises(SferdError, match=words):
-        Run(settings(tmp_path / "run", **given), progress=False)
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_folder_of_other_settings_is_refused(finished: Run) -> None:
-    with pytest.raises(SferdError, match=r"was made with cd_steps = 2, these settings have 3; allowed: the same settings, or another"):
-        Run(settings(finished.folder, cd_steps=3), progress=False)
-
-
-def test_the_shipped_teacher_is_used_unless_it_does_not_fit(tmp_path: Path) -> None:
-    run = Run(make_settings("digits", run_folder=str(tmp_path / "fits")), progress=False)
-    assert run.teacher().network.shape.widths == (32, 32)
-    assert not (run.folder / "training.csv").exists()
-    with pytest.raises(SferdError, match=r"shipped teacher has .*set retrain = True"):
-        Run(settings(tmp_path / "other", retrain=False), progress=False).teacher()
-
-
-def test_tables_keep_empty_text_as_text(finished: Run) -> None:
-    assert read_table(finished.folder / "metrics.csv")["sgp"].map(type).eq(str).all()

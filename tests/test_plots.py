@@ -1,0 +1,193 @@
+"""Figures: a picture's geometry to the pixel, and that every figure draws what it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from sferd_lab.errors import SferdError
+from sferd_lab.plots import metric_versus_steps, same_noise_rows, sample_grids, show_grid, tile, training_curves, trajectory
+
+
+@pytest.fixture(autouse=True)
+def _close() -> Iterator[None]:
+    yield
+    plt.close("all")
+
+
+def images(count: int, channels: int = 1, height: int = 2, width: int = 3) -> Tensor:
+    """Image k has the value k / count * 2 - 1 everywhere."""
+    return (torch.arange(count) / count * 2 - 1)[:, None, None, None].expand(count, channels, height, width)
+
+
+def pictures(axes: plt.Axes) -> np.ndarray:
+    (image,) = axes.get_images()
+    return np.asarray(image.get_array())
+
+
+# ---- pictures
+
+
+def test_grey_images_are_tiled_row_by_row_with_a_white_pixel_between() -> None:
+    grey = torch.tensor([[[[-1.0, 0.0]]], [[[1.0, -0.5]]], [[[0.5, -1.0]]]])  # three images of 1 x 2 pixels
+    expected = [
+        [0, 0.5, 1, 1, 0.25],
+        [1, 1, 1, 1, 1],
+        [0.75, 0, 1, 1, 1],  # where a fourth would be: paper
+    ]
+    np.testing.assert_array_equal(tile(grey, 2), expected)
+
+
+def test_colour_images_keep_their_channels() -> None:
+    red, blue = torch.tensor([1.0, -1, -1]), torch.tensor([-1.0, -1, 1])
+    picture = tile(torch.stack([red, blue])[:, :, None, None], 1)
+    np.testing.assert_array_equal(picture, [[[1, 0, 0]], [[1, 1, 1]], [[0, 0, 1]]])
+
+
+@pytest.mark.parametrize(("count", "columns", "shape"), [(1, 1, (2, 3)), (6, 3, (5, 11)), (7, 3, (8, 11)), (2, 5, (2, 19))])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_picture_has_the_size_that_its_docstring_says(count: int, columns: int, shape: tuple[int, int], channels: int) -> None:
+    assert tile(images(count, channels), columns).shape == (shape if channels == 1 else (*shape, 3))
+
+
+def test_values_out_of_range_are_clamped_and_the_images_left_alone() -> None:
+    wild = torch.tensor([[[[-7.0, 7.0]]]])
+    np.testing.assert_array_equal(tile(wild, 1), [[0, 1]])
+    assert wild.flatten().tolist() == [-7, 7]
+
+
+def test_a_grid_on_axes_has_black_at_zero_white_at_one_and_no_ticks() -> None:
+    _, axes = plt.subplots()
+    show_grid(axes, torch.zeros(4, 1, 2, 2), 2, "mid grey")
+    (image,) = axes.get_images()
+    assert image.get_clim() == (0, 1)  # or an image of one grey would be black
+    assert image.get_interpolation() == "nearest"
+    assert axes.get_title() == "mid grey"
+    assert not axes.axison
+    assert pictures(axes)[0, 0] == 0.5
+
+
+@pytest.mark.parametrize(("sets", "grid"), [(1, (1, 1)), (3, (1, 3)), (5, (2, 3))])
+def test_sample_grids_have_a_panel_a_set(sets: int, grid: tuple[int, int]) -> None:
+    figure = sample_grids({f"set {k}": images(9) for k in range(sets)}, count=7, columns=3)
+    assert isinstance(figure, Figure)
+    panels = figure.axes
+    assert len(panels) == grid[0] * grid[1]
+    drawn = [axes for axes in panels if axes.get_images()]
+    assert [axes.get_title() for axes in drawn] == [f"set {k}" for k in range(sets)]
+    for axes in drawn:
+        np.testing.assert_array_equal(pictures(axes), tile(images(9)[:7], 3))
+    assert not any(axes.axison for axes in panels)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_same_noise_rows_have_a_row_a_set_and_a_column_a_noise(channels: int) -> None:
+    sets = {"teacher": images(20, channels), "student": images(20, channels) / 2}
+    figure = same_noise_rows(sets, count=4)
+    assert isinstance(figure, Figure)
+    assert [axes.get_ylabel() for axes in figure.axes] == ["teacher", "student"]
+    for axes, given in zip(figure.axes, sets.values(), strict=True):
+        assert pictures(axes).shape[:2] == (2, 15)  # four of three pixels, three gaps
+        np.testing.assert_array_equal(pictures(axes), tile(given[:4], 4))
+        assert [*axes.get_xticks(), *axes.get_yticks()] == []
+
+
+def test_a_trajectory_has_states_above_and_predictions_below() -> None:
+    states, predictions = [images(k + 2)[1:] for k in range(3)], [images(k + 5)[1:] for k in range(2)]
+    figure = trajectory(states, predictions, [np.pi / 2, np.pi / 4, 0.0])
+    assert isinstance(figure, Figure)
+    above, below = figure.axes[:3], figure.axes[3:]
+    assert [axes.get_title() for axes in above] == [f"$\\varphi$ = {share}$\\pi$" for share in ("0.50", "0.25", "0.00")]
+    for axes, state in zip(above, states, strict=True):
+        np.testing.assert_array_equal(pictures(axes), tile(state[:1], 1))
+    for axes, prediction in zip(below, predictions, strict=False):
+        np.testing.assert_array_equal(pictures(axes), tile(prediction[:1], 1))
+    assert not below[2].get_images()  # the last state is data: nothing is predicted there
+    with pytest.raises(ValueError, match="zip"):
+        trajectory(states, predictions, [1.0, 0.0])
+
+
+# ---- curves
+
+
+def test_training_curves_average_each_stage_over_twenty_steps() -> None:
+    losses = pd.concat(
+        [
+            pd.DataFrame({"stage": "teacher", "step": range(1, 51), "loss": [4.0] * 20 + [1.0, 3.0] * 10 + [0.5] * 10}),
+            pd.DataFrame({"stage": "cd", "step": range(1, 5), "loss": [0.1, 0.2, 0.3, 0.4]}),
+        ]
+    )
+    figure = training_curves(losses)
+    assert isinstance(figure, Figure)
+    teacher, cd = figure.axes
+    assert [axes.get_title() for axes in (teacher, cd)] == ["teacher", "cd"]
+    assert teacher.get_yscale() == "log"
+    (line,) = teacher.get_lines()
+    np.testing.assert_allclose(line.get_xydata(), [[10, 4], [30, 2], [50, 0.5]])
+    (line,) = cd.get_lines()
+    np.testing.assert_allclose(line.get_xydata(), [[10, 0.25]])
+
+
+def scores() -> pd.DataFrame:
+    def row(method: str, guidance: bool, sgp: str, z: str, steps: int, value: float, metric: str = "fd") -> dict[str, object]:
+        floor = {"floor": 2.0, "floor_sd": 0.5} if metric == "fd" else {"floor": 9.0, "floor_sd": 9.0}
+        return {"method": method, "guidance": guidance, "sgp": sgp, "z": z, "steps": steps, "metric": metric, "value": value, **floor}
+
+    return pd.DataFrame(
+        [
+            *(row("teacher", False, "", "", steps, 100.0 / steps) for steps in (1, 4, 64)),
+            row("teacher", True, "", "", 64, 3.0),
+            *(row("pd", guidance, "", "", steps, 20.0 / steps + guidance) for guidance in (False, True) for steps in (1, 4)),
+            *(row("pd", guidance, "conditional", z, 1, 5.0 + guidance) for guidance in (False, True) for z in ("prior", "encoder", "mean")),
+            row("one class", False, "", "", 0, 70.0),
+            row("pd", False, "", "", 1, 0.3, "recall"),
+        ]
+    )
+
+
+def test_a_metric_against_steps_has_a_line_a_method_stars_for_codes_of_the_prior_and_the_floor() -> None:
+    figure = metric_versus_steps(scores(), "fd", "FD-digits-net")
+    assert isinstance(figure, Figure)
+    (axes,) = figure.axes
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    assert list(lines) == ["teacher", "teacher + guidance", "pd", "pd + guidance", "pd + SGP", "pd + guidance + SGP"]
+    np.testing.assert_allclose(lines["teacher"].get_xydata(), [[1, 100], [4, 25], [64, 100 / 64]])
+    np.testing.assert_allclose(lines["pd + guidance"].get_xydata(), [[1, 21], [4, 6]])
+    # Stars beside their step count, guided to the right.
+    np.testing.assert_allclose(lines["pd + SGP"].get_xydata(), [[0.92, 5]])
+    np.testing.assert_allclose(lines["pd + guidance + SGP"].get_xydata(), [[1.1, 6]])
+    assert (lines["pd"].get_linestyle(), lines["pd + guidance"].get_linestyle()) == ("-", "--")
+    assert lines["pd"].get_color() == lines["pd + SGP"].get_color() != lines["teacher"].get_color()
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    assert axes.get_xticks().tolist() == [1, 4, 64]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("sampling steps", "FD-digits-net")
+    (band,) = axes.patches
+    heights = band.get_window_extent().transformed(axes.transData.inverted())
+    assert (heights.y0, heights.y1) == (pytest.approx(1.5), pytest.approx(2.5))
+    legend = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert legend == [*lines, "real images (mean ± sd)"]
+
+
+def test_another_metric_has_its_own_rows_and_a_linear_axis() -> None:
+    (axes,) = metric_versus_steps(scores(), "recall", "recall").axes
+    (line,) = axes.get_lines()
+    np.testing.assert_allclose(line.get_xydata(), [[1, 0.3]])
+    assert axes.get_yscale() == "linear"
+
+
+@pytest.mark.parametrize("metric", ["fid", "teacher_mse"])
+def test_a_metric_without_a_floor_is_refused_with_those_that_have_one(metric: str) -> None:
+    table = pd.concat([scores(), scores().head(1).assign(metric="teacher_mse", floor=None)])
+    with pytest.raises(SferdError, match=f"metric = '{metric}'; allowed: fd, recall$"):
+        metric_versus_steps(table, metric, "")
