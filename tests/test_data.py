@@ -229,7 +229,7 @@ def test_idx_values_and_shape_survive(tmp_path, pack):
 
 
 GOOD = idx_bytes(np.arange(6, dtype=np.uint8).reshape(2, 3))
-PACKED = gzip.compress(GOOD)
+PACKED = gzip.compress(GOOD, mtime=0)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ PACKED = gzip.compress(GOOD)
         (GOOD[:9], "ends inside its header; expected 2 dimensions"),
         (GOOD[:-1], "holds 5 values; expected 6, as its header says"),
         (GOOD + b"\x00", "holds more than 6 values; expected 6"),
-        (gzip.compress(GOOD + b"\x00"), "holds more than 6 values; expected 6"),
+        (gzip.compress(GOOD + b"\x00", mtime=0), "holds more than 6 values; expected 6"),
         (b"\x00\x00\x08\x01\x00\x00\x00\x00", "announces 0 values"),
         (b"\x00\x00\x08\x02\xff\xff\xff\xff\xff\xff\xff\xff", "announces 4294967295 x 4294967295 values; expected 1 to 67108864"),
         (PACKED[:-9], "not a whole gzip file"),
@@ -332,7 +332,7 @@ def test_a_download_comes_over_https_from_the_authors_repository_and_is_kept(no_
 def test_a_bad_download_leaves_nothing_behind(no_files, monkeypatch, spoil):
     contents = small_files(monkeypatch)
     name = "t10k-labels-idx1-ubyte"
-    monkeypatch.setattr(data, "urlopen", lambda url, timeout: Response(gzip.compress(spoil(contents[name]))))
+    monkeypatch.setattr(data, "urlopen", lambda url, timeout: Response(gzip.compress(spoil(contents[name]), mtime=0)))
     with pytest.raises(SferdError, match=r"https://.*t10k-labels.*expected .*To get Fashion-MNIST"):
         data._fashion_file(name)
     assert not no_files.exists()
