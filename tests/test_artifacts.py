@@ -251,9 +251,9 @@ def test_the_shipped_teacher_draws_digits_in_two_lines() -> None:
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     shuffled = images.flatten(2)[:, :, torch.randperm(64, generator=torch.Generator().manual_seed(0))].view_as(images)
     drawn, blank, scrambled = (frechet_distance(extract(network, part), extract(network, real)) for part in (images, noise, shuffled))
-    # Scores are reproducible: 2.9 here, with noise at 145 and the same pixels in another order at 93.
+    # 2.7 when it was shipped, with noise at 30 and the same pixels in another order at 47 or more; real images have 1.6.
     assert drawn < 6
-    assert min(blank, scrambled) > 10 * drawn
+    assert min(blank, scrambled) > 3 * drawn
 
 
 # ---- the wheel

@@ -1,6 +1,6 @@
 """The stages of an experiment: who learns what from whom, with which settings, and that an interruption changes no byte.
 
-``test_run`` has the run as a whole: its rows, its report, its refusals. Here most stages are not trained at all: a stand-in for ``train``
+``test_report`` goes through a whole run. Here most stages are not trained at all: a stand-in for ``train``
 notes what it is asked to do.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ from sferd_lab.experiment import Row, Run, as_student, on_codes, read_table, sta
 from sferd_lab.files import load_tensors, read_json
 from sferd_lab.guidance import GuidedDenoiser
 from sferd_lab.metrics import Scorer
-from sferd_lab.semantic import SemanticDenoiser
+from sferd_lab.report import summary
 from sferd_lab.train import TrainSettings, TrainState
 
 
@@ -421,6 +422,24 @@ def test_another_seed_gives_other_weights_in_every_stage(tmp_path: Path) -> None
         assert any(not torch.equal(mine[key], others[key]) for key in mine), name
 
 
+def test_the_seed_decides_what_every_new_network_starts_from(fake: dict[str, Asked], tmp_path: Path) -> None:
+    def first_weights(folder: str, seed: int) -> list[Tensor]:
+        fake.clear()
+        torch.manual_seed(len(folder))
+        train_everything(start(tmp_path / folder, seed=seed, methods=("pd",), guided=(False,), prior="diffusion"))
+        parts = (
+            fake["teacher"].model,
+            fake["teacher-sgp"].model.encoder,
+            fake["teacher-sgp"].model.gradient,
+            fake["teacher-sgp-latent"].model,
+        )
+        return [torch.cat([parameter.flatten() for parameter in part.parameters()]) for part in parts]
+
+    one, same, other = first_weights("one", 1), first_weights("same", 1), first_weights("other", 2)
+    assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
 def test_training_leaves_torchs_random_state_out_of_it(tmp_path: Path) -> None:
     torch.manual_seed(1)
     first = start(tmp_path / "a").teacher()
@@ -469,6 +488,13 @@ def test_without_a_folder_a_run_goes_to_its_presets_and_seeds(tmp_path: Path, mo
 @pytest.mark.parametrize(
     ("given", "words"),
     [
+        ({"z_dim": 9}, "z_dim = 9; allowed: at most 8, 1/8 of the 64 pixels"),
+        ({"widths": (8,) * 5}, "image size 8x8; allowed: multiples of 16, for 5 levels"),
+        ({"image_size": 3}, "size = 3 for data set 'digits'; allowed: 4, 8"),
+        ({"n_samples": 64}, "n_samples = 64; allowed: 65 to 847"),
+        ({"n_samples": 848}, "n_samples = 848; allowed: 65 to 847"),
+        ({"blur_kernel": 17}, "blur kernel = 17; allowed: odd, 1 to 15 for 8x8 images"),
+        ({"guidance_layer": "decoder.7"}, "attention layer 'decoder.7'; allowed: .*middle"),
         ({"neighbours": 80}, "neighbours = 80; allowed: at most 79"),
         ({"neighbours": 500, "n_samples": 700}, "neighbours = 500; allowed: at most 499"),
         ({"prior_components": 848}, "prior_components = 848; allowed: at most 847"),
@@ -477,7 +503,7 @@ def test_without_a_folder_a_run_goes_to_its_presets_and_seeds(tmp_path: Path, mo
         ({"data": "patches", "z_dim": 400}, "z_dim = 400; allowed: at most 384, 1/8 of the 3072 pixels"),
     ],
 )
-def test_what_would_fail_after_hours_is_refused_at_once(tmp_path: Path, given: dict[str, Any], words: str) -> None:
+def test_what_does_not_fit_the_data_is_refused_before_anything_is_made(tmp_path: Path, given: dict[str, Any], words: str) -> None:
     with pytest.raises(SferdError, match=words):
         start(tmp_path / "run", **given)
     assert not (tmp_path / "run").exists()
@@ -504,6 +530,14 @@ def test_the_shipped_teacher_is_taken_as_it_is(tmp_path: Path, monkeypatch: pyte
     # The folder stands on its own: the next call reads its copy.
     monkeypatch.setattr(experiment, "shipped_folder", lambda: tmp_path / "nothing")
     assert same_weights(run.teacher(), shipped)
+
+
+def test_a_shipped_teacher_of_another_shape_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        SferdError, match=r"the shipped teacher has .*widths=\(32, 32\).*, these settings .*; set retrain = True to train one"
+    ):
+        start(tmp_path, retrain=False).teacher()
+    assert names(tmp_path / "weights") == set()
 
 
 # ---- scores
@@ -591,20 +625,35 @@ def test_scores_are_those_of_the_sampled_images(scored: Run) -> None:
     assert set(scores["features_sha256"]) == {scored.scorer.sha256}
 
 
-def test_codes_are_compared_by_one_step_from_noise_to_held_out_images(scored: Run) -> None:
-    (model, _), *_ = scored.semantic_students("pd", True).values()
-    assert isinstance(model, SemanticDenoiser)
-    row = Row("pd", True, "conditional", "", "ddim", 2)
-    found = numbers(scored, row)
-    assert found.keys() == {f"reconstruction_mse_{name}" for name in ("encoder", "shuffled", "mean", "prior")}
-    reference = scored.data.reference
-    x = experiment.SampleNoise(scored.settings.seed, len(reference.images), purpose=2).draw(scored.shape)
-    codes = scored.codes(model, reference.images)
+def test_a_summary_has_a_line_for_each_scored_row_and_one_for_the_floor(scored: Run) -> None:
+    table = scored.table()
+    rows = table.loc[table["metric"] == "fd", list(Row.__dataclass_fields__)]
+    lines = summary(table)
+    assert list(lines.index) == ["floor: real images", *(Row(*row).label for row in rows.itertuples(index=False))]
+    assert lines["fd"].tolist() == pytest.approx([table["floor"].dropna().iloc[0], *table.loc[table["metric"] == "fd", "value"]])
+
+
+def test_codes_are_compared_by_one_step_from_noise_to_held_out_images(fake: dict[str, Asked], tmp_path: Path) -> None:
+    run = start(tmp_path, class_conditional=True)
+    model = run.semantic_teacher(run.teacher())
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.gradient.parameters():  # fresh heads are zero, and no code would matter
+            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+    row = Row("teacher", False, "conditional", "", "ddim", 1)
+    run.code_errors(row, model, run.prior("teacher-sgp", model))
+    found = numbers(run, row)
+    assert list(found) == [f"reconstruction_mse_{name}" for name in ("encoder", "shuffled", "mean", "prior")]
+    reference = run.data.reference
+    x = experiment.SampleNoise(run.settings.seed, len(reference.images), purpose=2).draw(run.shape)
+    codes = run.codes(model, reference.images)
+    expected = []
     with torch.inference_mode():
-        for name, z in (("encoder", codes), ("shuffled", torch.cat([codes[-1:], codes[:-1]])), ("mean", codes.mean(0).repeat(500, 1))):
+        for z in (codes, torch.cat([codes[-1:], codes[:-1]]), codes.mean(0).repeat(500, 1)):
             predicted = model(x, model.phi_hi, z=z, labels=reference.labels).x0
-            expected = float((predicted - reference.images).square().mean())
-            assert found[f"reconstruction_mse_{name}"] == pytest.approx(expected, rel=1e-4)
+            expected.append(float((predicted - reference.images).square().mean()))
+    assert list(found.values())[:3] == pytest.approx(expected, rel=1e-6)
+    assert all(abs(a / b - 1) > 1e-5 for a, b in itertools.combinations(found.values(), 2))
 
 
 def test_a_row_that_is_there_is_read_and_a_missing_one_is_made_in_its_place(scored: Run, monkeypatch: pytest.MonkeyPatch) -> None:
