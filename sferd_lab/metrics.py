@@ -411,11 +411,6 @@ class Scorer:
         return [Score(metric, *values[metric], len(fake), *floors[metric], self.name, self.sha256) for metric in METRICS]
 
 
-def score_samples(fake_images: Tensor, scorer: Scorer) -> list[Score]:
-    """``scorer.scores(fake_images)``: the seven scores of one set of generated images."""
-    return scorer.scores(fake_images)
-
-
 def known_bad(train: Tensor, labels: Tensor, n: int, seed: int = 0) -> dict[str, tuple[Tensor, str]]:
     """Sets of ``n`` bad images made from real ones, and the metric that must catch each: a check of the metrics themselves.
 

@@ -27,7 +27,6 @@ from sferd_lab.metrics import (
     memorisation_ratio,
     precision_recall_density_coverage,
     save_feature_network,
-    score_samples,
     train_feature_network,
 )
 
@@ -359,7 +358,7 @@ def test_copies_of_the_reference_are_an_error():
 
 
 def test_every_score_names_its_network_and_stands_beside_its_floor(scorer, digits):
-    scores = score_samples(digits[1][0][:300], scorer)
+    scores = scorer.scores(digits[1][0][:300])
     assert [score.metric for score in scores] == list(METRICS)
     assert {(score.n, score.features, score.features_sha256) for score in scores} == {(300, "digits-net", "0" * 64)}
     assert {score.metric for score in scores if score.error is None} == {"fd", "precision", "recall", "density", "coverage"}
