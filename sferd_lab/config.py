@@ -62,7 +62,7 @@ class Settings(BaseModel):
     cd_boundaries: Count = Field(16, description="intervals of the consistency grid")
     cd_steps: Count = Field(description="training steps of consistency distillation")
     cd_lr: Positive = Field(1e-3, description="learning rate of consistency distillation, annealed linearly to 0")
-    cd_solver: Literal["ddim", "heun"] = Field("heun", description="teacher's step between neighbouring angles")
+    cd_solver: Literal["ddim", "heun"] = Field("ddim", description="teacher's step between neighbouring angles")
     cd_loss: Literal["l2", "pseudo_huber", "v"] = Field(
         "v", description="distance of x0: plain, pseudo-Huber, or (1+SNR)-weighted, which is v's"
     )
@@ -140,12 +140,12 @@ _DIGITS: dict[str, Any] = {
     "widths": (32, 32),
     "attention": (0, 1),
     "teacher_steps": 5000,
-    "pd_stage_steps": (200, 500, 500),
+    "pd_stage_steps": (200, 400, 400),
     "cd_steps": 800,
     "blur_kernel": 5,
     "blur_sigma": 1.0,
     "sgp_steps": 1000,
-    "sgp_distil_steps": 300,
+    "sgp_distil_steps": 250,
     "z_dim": 8,
     "n_samples": 500,
 }

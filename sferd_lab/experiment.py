@@ -410,6 +410,8 @@ class Run:
         started = time.perf_counter()
         samples = self.draw(row, denoiser, prior=prior, **condition)
         seconds = time.perf_counter() - started
+        if row == self.yardstick_row:
+            self.yardstick = samples.images
         flops = self._flops(row, denoiser, prior, condition)
         extra = {"sampling_ms_per_image": 1000 * seconds / len(samples.images), "sampling_mflops_per_image": flops / 1e6}
         extra |= {f"nfe_{role}": float(count) for role, count in samples.nfe.items()}
@@ -417,18 +419,27 @@ class Run:
             extra["teacher_mse"] = float((samples.images - self.yardstick).square().mean())
         return self._record(row, samples.images, extra)
 
+    @property
+    def yardstick_row(self) -> Row:
+        """The plain teacher at its largest step count."""
+        return Row("teacher", sampler="ddim", steps=self.settings.teacher_sampling_steps[-1])
+
     @cached_property
     def yardstick(self) -> Tensor:
-        """The plain teacher's samples at its largest step count, on the noise that all rows share."""
-        row = Row("teacher", sampler="ddim", steps=self.settings.teacher_sampling_steps[-1])
-        return self.draw(row, self.teacher()).images
+        """The samples of that row, on the noise that all rows share."""
+        return self.draw(self.yardstick_row, self.teacher()).images
 
     def _flops(self, row: Row, denoiser: Denoiser, prior: Prior | None, condition: dict[str, Tensor]) -> float:
+        """FLOPs an image. Every sampler costs a fixed amount for the first step and another for each further one."""
         from torch.utils.flop_counter import FlopCounterMode
 
-        with FlopCounterMode(display=False) as counter:
-            self.draw(Row(row.method, sampler=row.sampler, steps=row.steps), denoiser, 4, prior, **{k: v[:4] for k, v in condition.items()})
-        return counter.get_total_flops() / 4
+        def count(steps: int) -> float:
+            with FlopCounterMode(display=False) as counter:
+                self.draw(Row(row.method, sampler=row.sampler, steps=steps), denoiser, 4, prior, **{k: v[:4] for k, v in condition.items()})
+            return counter.get_total_flops() / 4
+
+        first = count(1)
+        return first if row.steps == 1 else first + (row.steps - 1) * (count(2) - first)
 
     def evaluate_known_bad(self) -> pd.DataFrame:
         """Scores of sets that are bad by construction: each has a metric that must see it, or the metrics are not to be trusted."""

@@ -59,7 +59,7 @@ def known_bad_verdicts(run: Run) -> pd.DataFrame:
         chosen = (table[list(asdict(row))] == list(asdict(row).values())).all(axis=1) & (table["metric"] == metric)
         return float(table.loc[chosen, "value"].iloc[0])
 
-    best = Row("teacher", sampler="ddim", steps=counts[-1])
+    best = run.yardstick_row
     lines = [(row.label, metric, value(row, metric), value(best, metric)) for row, metric in watch.items()]
     verdicts = pd.DataFrame(lines, columns=["samples", "metric", "value", "teacher"])
     higher_is_better = verdicts["metric"] != "fd"

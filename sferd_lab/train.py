@@ -140,7 +140,7 @@ def train(
     # accelerate keeps device and precision for the whole process and refuses others later; here every stage may choose its own.
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=settings.device == "cpu", mixed_precision=settings.precision)
-    optimizer = torch.optim.AdamW(trained, lr=settings.lr, betas=(0.9, 0.99), weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(trained, lr=settings.lr, betas=(0.9, 0.99), weight_decay=settings.weight_decay, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, settings.lr_factor)
     model.to(accelerator.device).train()
     # Buffers (batch statistics) are copied, parameters averaged.

@@ -21,6 +21,7 @@ import pandas as pd
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from sferd_lab import experiment
 from sferd_lab.artifacts import load_model, shipped_folder
@@ -34,6 +35,7 @@ from sferd_lab.files import load_tensors, read_json
 from sferd_lab.guidance import GuidedDenoiser
 from sferd_lab.metrics import Scorer
 from sferd_lab.report import summary
+from sferd_lab.sample import sample
 from sferd_lab.train import TrainSettings, TrainState
 
 
@@ -284,7 +286,7 @@ def test_the_z_conditional_teacher_keeps_the_teacher_frozen_and_sees_the_image(f
 
 @pytest.mark.parametrize("joint", [False, True])
 def test_a_walk_target_is_the_one_that_the_student_was_distilled_with(fake: dict[str, Asked], tmp_path: Path, joint: bool) -> None:
-    run = start(tmp_path, sgp_target="walk", sgp_sampling_steps=(4, 2), sgp_joint=joint, methods=("pd", "cd"), guided=(True,))
+    run = start(tmp_path, sgp_target="walk", sgp_sampling_steps=(4, 2), sgp_joint=joint, guided=(True,), cd_solver="heun")
     train_everything(run)
     students = run.students("pd", True)
     first, second = fake["pd-guided-4-sgp"].target, fake["pd-guided-2-sgp"].target
@@ -591,6 +593,16 @@ def test_cost_grows_with_steps_guidance_and_predictor(scored: Run) -> None:
     encoder, prior = (cost("teacher", False, "conditional", z, "ddim", 2) for z in ("encoder", "prior"))
     assert two < encoder < 2 * two
     assert encoder < prior
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "heun", "ddpm", "consistency"])
+def test_cost_of_many_steps_is_that_of_counting_them_all(scored: Run, sampler: str) -> None:
+    teacher = scored.semantic_teacher(scored.teacher())
+    prior = scored.prior("teacher-sgp", teacher)
+    row = Row("teacher", sgp="conditional", z="prior", sampler=sampler, steps=5)
+    with FlopCounterMode(display=False) as counter:
+        sample(teacher, 4, scored.shape, 5, method=sampler, prior=prior)
+    assert scored._flops(row, teacher, prior, {}) == counter.get_total_flops() / 4
 
 
 def test_rows_share_their_noise_and_labels_image_by_image(scored: Run) -> None:
