@@ -37,6 +37,9 @@ class Settings(BaseModel):
 
     data: Literal["digits", "fashion-mnist", "patches", "mixture"] = Field(description="data set")
     image_size: Count | None = Field(None, description="resize images to this height and width; None: native")
+    bootstrap: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(
+        None, description="seed of a bootstrap sample of the training images, teacher included; None: each once"
+    )
     class_conditional: bool = Field(False, description="give labels to teacher and students")
 
     widths: Counts = Field(description="channels of the U-Net's levels, from the image's resolution down")

@@ -85,6 +85,12 @@ class ImageData:
         return channels, height, width
 
 
+def bootstrap(split: Split, seed: int) -> Split:
+    """As many images (and their labels) drawn from ``split`` with replacement: the training set that another sample would have given."""
+    index = torch.randint(len(split.images), (len(split.images),), generator=torch.Generator().manual_seed(seed))
+    return Split(split.images[index], None if split.labels is None else split.labels[index])
+
+
 def check_images(images: Tensor, what: str) -> None:
     """Raise SferdError, naming ``what``, unless ``images`` is a float32 tensor (N, C, H, W), not empty, finite, within [-1, 1]."""
     if not isinstance(images, Tensor):

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from sferd_lab.artifacts import Model, load_model, save_model, seeded, shipped_folder
 from sferd_lab.config import Settings
-from sferd_lab.data import ImageData, Split, load_images
+from sferd_lab.data import ImageData, Split, bootstrap, load_images
 from sferd_lab.denoiser import Denoiser, NetworkDenoiser
 from sferd_lab.diffusion import add_noise
 from sferd_lab.distill import Batch, ConsistencyTarget, DataTarget, ProgressiveTarget, denoising_target, halving_schedule, on_labels
@@ -115,7 +115,8 @@ class Run:
             self.device = torch.accelerator.current_accelerator()
         classes = self.data.classes if settings.class_conditional else 0
         self.unet = UNetSettings(self.shape[0], settings.widths, settings.blocks, settings.attention, settings.heads, classes)
-        self.train_split = Split(self.data.train.images, self.data.train.labels if classes else None)
+        split = self.data.train if settings.bootstrap is None else bootstrap(self.data.train, settings.bootstrap)
+        self.train_split = Split(split.images, split.labels if classes else None)
         self._check_fit()
         self._claim_folder()
 
@@ -205,7 +206,7 @@ class Run:
         """The shipped teacher of this data set, or one trained here: with ``retrain``, or where none is shipped."""
         path = self.folder / "weights" / "teacher.safetensors"
         shipped = shipped_folder() / self.data.name / "teacher.safetensors"
-        if not path.exists() and shipped.exists() and not self.settings.retrain:
+        if not path.exists() and shipped.exists() and not self.settings.retrain and self.settings.bootstrap is None:
             model, info = load_model(shipped)
             if model.network.shape != self.unet:
                 raise SferdError(
@@ -341,7 +342,7 @@ class Run:
         path = self.folder / "weights" / f"{name}-prior.safetensors"
         if path.exists():
             return load_model(path)[0].to(self.device)
-        settings, codes = self.settings, self.codes(model, self.data.train.images).clone()
+        settings, codes = self.settings, self.codes(model, self.train_split.images).clone()
         if settings.prior == "mixture":
             prior: DiffusionPrior | MixturePrior = MixturePrior.fit(codes, settings.prior_components, settings.seed)
         else:

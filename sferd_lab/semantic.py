@@ -132,27 +132,38 @@ class SemanticDenoiser(Denoiser):
         return Prediction.from_v(x, v, phi, {name: map_ for name, map_ in (capture or {}).items() if map_ is not None})
 
 
-class LatentDenoiser(Denoiser):
-    """The latent prior's network: an MLP whose every layer sees z again (Diff-AE's MLPSkipNet, Preechakul et al. 2022), predicting v."""
+class SkipMLP(nn.Module):
+    """(x_phi, phi) to v for vectors x (B, dim): an MLP whose every layer sees x again (Diff-AE's MLPSkipNet, Preechakul et al. 2022)."""
 
-    def __init__(self, z_dim: int, width: int = 256, depth: int = 4) -> None:
-        super().__init__("prior")
-        self.settings = {"z_dim": z_dim, "width": width, "depth": depth}
+    def __init__(self, dim: int, width: int = 256, depth: int = 4) -> None:
+        super().__init__()
         self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
-        self.layers = nn.ModuleList(nn.Linear(z_dim + (width if index else 0), width) for index in range(depth))
+        self.layers = nn.ModuleList(nn.Linear(dim + (width if index else 0), width) for index in range(depth))
         self.scales = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
-        self.head = nn.Linear(z_dim + width, z_dim)
+        self.head = nn.Linear(dim + width, dim)
 
-    def predict(self, x: Tensor, phi: Angle, layers: Sequence[str] = ()) -> Prediction:
-        """One pass; ``x`` (B, z_dim) is a noised code."""
-        self.evaluations += 1
-        phi = as_angle(phi, x).flatten().expand(len(x))
+    def forward(self, x: Tensor, phi: Tensor) -> Tensor:
+        """The velocity (B, dim) at the angles ``phi`` (B,)."""
         emb = F.silu(self.time(angle_embedding(phi, 64)))
         h = x
         for index, (layer, scale) in enumerate(zip(self.layers, self.scales, strict=True)):
             h = layer(torch.cat([h, x], 1) if index else h)
             h = F.silu(F.layer_norm(h, h.shape[1:]) * (1 + scale(emb)))
-        return Prediction.from_v(x, self.head(torch.cat([h, x], 1)), phi)
+        return self.head(torch.cat([h, x], 1))
+
+
+class LatentDenoiser(Denoiser):
+    """The latent prior's denoiser, and that of any small vector: a ``SkipMLP``."""
+
+    def __init__(self, z_dim: int, width: int = 256, depth: int = 4, role: str = "prior") -> None:
+        super().__init__(role)
+        self.settings = {"z_dim": z_dim, "width": width, "depth": depth}
+        self.network = SkipMLP(z_dim, width, depth)
+
+    def predict(self, x: Tensor, phi: Angle, layers: Sequence[str] = ()) -> Prediction:
+        """One pass; ``x`` (B, z_dim) is a noised code."""
+        self.evaluations += 1
+        return Prediction.from_v(x, self.network(x, as_angle(phi, x).flatten().expand(len(x))), phi)
 
 
 class DiffusionPrior(nn.Module):

@@ -36,7 +36,8 @@ class TrainSettings:
     """How a stage is trained. ``target_decay`` 0 is a stop-gradient target, otherwise the EMA decay of consistency's target network.
 
     ``null_label`` replaces each label with probability ``label_dropout``; ``z_noise`` is the standard deviation of the noise on ``z_dim``
-    numbers that ``Batch.z_noise`` holds; ``checkpoint_every`` counts steps, 0 for none.
+    numbers that ``Batch.z_noise`` holds; ``checkpoint_every`` counts steps, 0 for none. With ``members`` above 1 the model is an ensemble:
+    data and batch are that many equal parts in a row, one a member (``analysis.ensemble``).
     """
 
     steps: int
@@ -53,6 +54,7 @@ class TrainSettings:
     null_label: int = 0
     z_dim: int = 0
     z_noise: float = 0.0
+    members: int = 1
     checkpoint_every: int = 0
     seed: int = 0
     precision: str = "no"
@@ -62,7 +64,7 @@ class TrainSettings:
         for name, allowed in (("anneal", ANNEALS), ("precision", PRECISIONS), ("device", DEVICES), ("loss", LOSSES)):
             if getattr(self, name) not in allowed:
                 raise SferdError(f"{name} = '{getattr(self, name)}'; allowed: {', '.join(allowed)}")
-        for name in ("steps", "batch_size"):
+        for name in ("steps", "batch_size", "members"):
             if getattr(self, name) < 1:
                 raise SferdError(f"{name} = {getattr(self, name)}; allowed: 1 or more")
         for name in ("warmup", "weight_decay", "null_label", "z_dim", "z_noise", "checkpoint_every", "seed"):
@@ -104,13 +106,15 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 
 
 def draw_batch(data: Split, settings: TrainSettings, step: int, device: torch.device | str = "cpu") -> Batch:
-    """The batch of training step ``step``: images drawn with replacement, noise, and angles stratified over the batch."""
+    """The batch of training step ``step``: images drawn with replacement, noise, and angles stratified over the batch (of each member)."""
     generator, size = step_generator(settings.seed, step), settings.batch_size
-    index = torch.randint(len(data.images), (size,), generator=generator)
+    share, images = size // settings.members, len(data.images) // settings.members
+    member = torch.arange(size) // share
+    index = member * images + torch.randint(images, (size,), generator=generator)
     x0 = data.images[index]
     eps = torch.randn(x0.shape, generator=generator, dtype=x0.dtype)
-    # One angle in each of `size` equal strata lowers the loss's variance; the clamp keeps rounding below 1.
-    uniform = (torch.arange(size) + torch.rand(size, generator=generator, dtype=torch.float64)) / size
+    # One angle in each of as many equal strata as there are images lowers the loss's variance; the clamp keeps rounding below 1.
+    uniform = (torch.arange(size) % share + torch.rand(size, generator=generator, dtype=torch.float64)) / share
     uniform = uniform.to(x0.dtype).clamp_max(1 - torch.finfo(x0.dtype).eps)
     labels = None
     if data.labels is not None:
@@ -134,6 +138,9 @@ def train(
 
     if not len(data.images):
         raise SferdError("there are no training images; allowed: 1 or more")
+    for name, count in (("batch_size", settings.batch_size), ("the number of training images", len(data.images))):
+        if count % settings.members:
+            raise SferdError(f"{name} = {count}; allowed: multiples of members = {settings.members}")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise SferdError("no parameter of the model requires a gradient: there is nothing to train")
@@ -165,7 +172,7 @@ def train(
             )
             raise SferdError(f"the loss became {loss.item()} at step {step + 1} of {settings.steps} (lr = {settings.lr}); {kept}")
         prepared_optimizer.zero_grad()
-        accelerator.backward(loss)
+        accelerator.backward(loss * settings.members)  # so that each member's gradient is that of its own mean
         accelerator.clip_grad_norm_(trained, settings.clip)
         lr = scheduler.get_last_lr()[0]
         prepared_optimizer.step()

@@ -210,16 +210,22 @@ def put(name, tensor):
 @pytest.mark.parametrize(
     ("alter", "message"),
     [
-        (drop("model.head.weight"), "tensor 'model.head.weight' is missing"),
-        (drop("ema.module.head.weight"), "tensor 'ema.module.head.weight' is missing"),
+        (drop("model.network.head.weight"), "tensor 'model.network.head.weight' is missing"),
+        (drop("ema.module.network.head.weight"), "tensor 'ema.module.network.head.weight' is missing"),
         (drop("target.n_averaged"), "tensor 'target.n_averaged' is missing"),
         (drop("optimizer.0.exp_avg"), "tensor 'optimizer.0.exp_avg' is missing"),
         (drop("losses"), "tensor 'losses' is missing"),
         (put("model.more", torch.zeros(1)), "tensor 'model.more' is not one of this model"),
         (put("optimizer.99.exp_avg", torch.zeros(1)), "tensor 'optimizer.99.exp_avg' is not one of this model"),
         (put("other.weight", torch.zeros(1)), "tensor 'other.weight' is not one of this model"),
-        (put("model.head.bias", torch.zeros(3)), r"'model.head.bias' is \(3,\) torch.float32; expected \(2,\) torch.float32"),
-        (put("model.head.bias", torch.zeros(2).double()), r"'model.head.bias' is \(2,\) torch.float64; expected \(2,\) torch.float32"),
+        (
+            put("model.network.head.bias", torch.zeros(3)),
+            r"'model.network.head.bias' is \(3,\) torch.float32; expected \(2,\) torch.float32",
+        ),
+        (
+            put("model.network.head.bias", torch.zeros(2).double()),
+            r"'model.network.head.bias' is \(2,\) torch.float64; expected \(2,\) torch.float32",
+        ),
         (put("optimizer.0.exp_avg_sq", torch.zeros(1)), r"'optimizer.0.exp_avg_sq' is \(1,\)"),
         (put("losses", torch.zeros(1).double()), r"'losses' is \(1,\) torch.float64; expected \(2,\)"),
     ],
@@ -240,7 +246,7 @@ def test_a_checkpoint_of_another_model_is_refused(checkpoint):
 
 def test_a_checkpoint_of_a_run_that_trained_other_parts_is_refused(checkpoint):
     model = small()
-    model.time.requires_grad_(False)
+    model.network.time.requires_grad_(False)
     with pytest.raises(SferdError, match=r"made training 14 tensors of the model, this run trains 10"):
         resume(checkpoint, model)
 
@@ -400,10 +406,10 @@ def test_gradients_are_clipped_to_their_norm(clip):
 
 def test_the_optimiser_holds_only_what_is_trained_and_the_rest_stays(tmp_path):
     model, path = small(), tmp_path / "checkpoint.safetensors"
-    model.time.requires_grad_(False)
-    frozen = [parameter.clone() for parameter in model.time.parameters()]
+    model.network.time.requires_grad_(False)
+    frozen = [parameter.clone() for parameter in model.network.time.parameters()]
     run(model, denoise, POINTS, options(weight_decay=0.5, lr=0.1), path)
-    assert all(torch.equal(now, then) for now, then in zip(model.time.parameters(), frozen, strict=True))
+    assert all(torch.equal(now, then) for now, then in zip(model.network.time.parameters(), frozen, strict=True))
     tensors, info = load_tensors(path)
     trained = [tuple(parameter.shape) for parameter in model.parameters() if parameter.requires_grad]
     assert len(info["param_groups"][0]["params"]) == len(trained)
