@@ -220,11 +220,11 @@ def put(name, tensor):
         (put("other.weight", torch.zeros(1)), "tensor 'other.weight' is not one of this model"),
         (
             put("model.network.head.bias", torch.zeros(3)),
-            r"'model.network.head.bias' is \(3,\) torch.float32; expected \(2,\) torch.float32",
+            r"head.bias' is \(3,\) torch.float32; expected \(2,\) torch.float32",
         ),
         (
             put("model.network.head.bias", torch.zeros(2).double()),
-            r"'model.network.head.bias' is \(2,\) torch.float64; expected \(2,\) torch.float32",
+            r"head.bias' is \(2,\) torch.float64; expected \(2,\) torch.float32",
         ),
         (put("optimizer.0.exp_avg_sq", torch.zeros(1)), r"'optimizer.0.exp_avg_sq' is \(1,\)"),
         (put("losses", torch.zeros(1).double()), r"'losses' is \(1,\) torch.float64; expected \(2,\)"),
