@@ -117,3 +117,75 @@ def metric_versus_steps(table: pd.DataFrame, metric: str, label: str) -> Figure:
     axes.set_ylabel(label)
     axes.legend(fontsize=8, ncols=2)
     return figure
+
+
+def term_bars(table: pd.DataFrame, by: str, title: str = "") -> Figure:
+    """What an error is made of: one stacked bar for each value of the column ``by``, each term with its interval, dots at the totals.
+
+    ``table`` holds lines of ``Decomposition.table`` with the column ``by``. Estimates below zero hang below the axis; none is clipped.
+    """
+    figure, axes = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
+    groups = list(dict.fromkeys(table[by]))
+    up, down = np.zeros(len(groups)), np.zeros(len(groups))
+    for colour, (term, part) in zip(PALETTE, table[table["term"] != "total"].groupby("term", sort=False), strict=False):
+        part = part.set_index(by).reindex(groups)
+        value = part["value"].fillna(0).to_numpy()
+        base = np.where(value >= 0, up, down)
+        error = np.nan_to_num([part["value"] - part["low"], part["high"] - part["value"]])
+        axes.bar(range(len(groups)), value, 0.6, base, color=colour, label=term.replace("_", " "), yerr=error, error_kw={"lw": 0.8})
+        up, down = np.where(value >= 0, up + value, up), np.where(value < 0, down + value, down)
+    totals = table[table["term"] == "total"].set_index(by).reindex(groups)["value"]
+    axes.plot(range(len(groups)), totals, "kD", ms=4, label="total")
+    axes.axhline(0, color="black", lw=0.8)
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set_xlabel(by)
+    axes.set_ylabel("squared error a pixel")
+    axes.set_title(title, fontsize=10)
+    axes.legend(fontsize=8)
+    return figure
+
+
+# What ``attention_verdict`` draws, in this order: (map, statistic, label).
+VERDICT = (
+    ("attention", "spearman", "attention"),
+    ("attention of another image", "spearman", "attention of another image"),
+    ("gradient energy", "spearman", "gradient energy"),
+    ("local variance", "spearman", "local variance"),
+    ("|x0|", "spearman", "|x0|"),
+    ("attention", "spearman given controls", "attention, given the controls"),
+)
+
+
+def attention_verdict(table: pd.DataFrame, resolution: str = "layer", title: str = "") -> Figure:
+    """Does error sit where attention is, and does attention say more than the controls? A panel a layer, the noise level across.
+
+    ``table`` holds lines of ``attention_test`` with the columns layer and level, of one model and one kind of error. Points are mean rank
+    correlations with error, bars their intervals: the claim holds where the black diamonds are clearly above zero.
+    """
+    rows = table[table["resolution"] == resolution]
+    layers = list(dict.fromkeys(rows["layer"]))
+    figure, grid = plt.subplots(1, len(layers), figsize=(2.1 * len(layers) + 1.8, 3), sharey=True, squeeze=False, layout="constrained")
+    for axes, layer in zip(grid.flat, layers, strict=True):
+        for index, (name, statistic, label) in enumerate(VERDICT):
+            part = rows[(rows["layer"] == layer) & (rows["map"] == name) & (rows["statistic"] == statistic)].sort_values("level")
+            style = {"color": PALETTE[index], "marker": "o", "lw": 1} if statistic == "spearman" else {"color": "black", "marker": "D"}
+            error = np.nan_to_num([part["value"] - part["low"], part["high"] - part["value"]])
+            axes.errorbar(part["level"] + 0.006 * (index - 2.5), part["value"], error, label=label, ms=4, **style)
+        axes.axhline(0, color="gray", lw=0.8)
+        axes.set_title(layer, fontsize=9)
+        axes.set_xlabel("noise level t")
+    grid[0, 0].set_ylabel("rank correlation with error")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def maps_row(maps: dict[str, np.ndarray]) -> Figure:
+    """Maps (h, w) side by side, each with a colour bar of its own."""
+    figure, grid = plt.subplots(1, len(maps), figsize=(2.1 * len(maps), 2.1), squeeze=False, layout="constrained")
+    for axes, (name, values) in zip(grid.flat, maps.items(), strict=True):
+        picture = axes.imshow(values, cmap="viridis", interpolation="nearest")
+        axes.set_title(name, fontsize=9)
+        axes.set_axis_off()
+        figure.colorbar(picture, ax=axes, shrink=0.7)
+    return figure

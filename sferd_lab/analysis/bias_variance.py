@@ -29,6 +29,7 @@ from sferd_lab.errors import SferdError
 from sferd_lab.sample import sampler_by_name
 
 Models = Denoiser | Sequence["Models"]
+DETERMINISTIC = ("ddim", "heun")
 
 
 @torch.inference_mode()
@@ -36,12 +37,21 @@ def predict(models: Models, x: Tensor, phi: float, steps: int | None = None, sam
     """What ``models`` make of ``x`` (N, ...) at ``phi``: (N, ...) for one denoiser, and a leading axis for each nesting of lists.
 
     ``steps`` None: x0 of a single evaluation. Otherwise the end of a walk of so many equal steps from phi to 0. The endpoint Phi of an
-    exact denoiser's ODE, the reference for walks and few-step students, is its walk by "heun" in many steps.
+    exact denoiser's ODE, the reference for walks and few-step students, is its walk by "heun" in many steps. Raises SferdError for a
+    sampler that draws noise, which no training put there, and for lists that are empty or not equally long.
     """
     if not isinstance(models, Denoiser):
-        return torch.stack([predict(model, x, phi, steps, sampler, **condition) for model in models])
+        parts = [predict(model, x, phi, steps, sampler, **condition) for model in models]
+        if len({part.shape for part in parts}) != 1:
+            lengths = [len(model) for model in models if not isinstance(model, Denoiser)]
+            raise SferdError(
+                f"a list of {len(parts)} models, themselves lists of {lengths}; allowed: lists that are equally long, not empty"
+            )
+        return torch.stack(parts)
     if steps is None:
         return models(x, phi, **condition).x0
+    if sampler not in DETERMINISTIC:
+        raise SferdError(f"sampler = '{sampler}'; allowed: {', '.join(DETERMINISTIC)}, which draw no noise")
     *_, last = sampler_by_name(sampler)(models, x, angle_grid(steps, phi), None, **condition)
     return last.x
 
@@ -68,7 +78,8 @@ class Decomposition:
     def table(self, level: float = 0.95) -> pd.DataFrame:
         """A line a term: ``value``, ``se`` and a t interval over trainings (``low``, ``high``), and ``se_points``, that over points.
 
-        The interval is for these points; whoever wants to speak of others adds the variance over points.
+        The interval is for these points; whoever wants to speak of others adds the variance over points. As ``proof`` measures, it covers
+        less than it says where trainings differ along one direction only, and more for the square of a bias that is close to zero.
         """
         from scipy import stats
 
@@ -146,8 +157,8 @@ def decompose(
     as bias: teacher_bias too large by s_T^2 / K. Raises SferdError for fewer than 2 of anything, and for shapes that do not fit.
     """
     depth, point = len(levels), students.shape[len(levels) :]
-    if depth < 2:
-        raise SferdError(f"levels = {tuple(levels)}; allowed: two or more, such as teacher and student")
+    if depth < 2 or len(set(levels)) < depth:
+        raise SferdError(f"levels = {tuple(levels)}; allowed: two or more different names, such as teacher and student")
     for name, count in zip(levels, students.shape, strict=False):
         if count < 2:
             raise SferdError(f"{count} of level '{name}'; allowed: 2 or more, since a variance needs two")

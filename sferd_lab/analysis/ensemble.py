@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import shutil
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from multiprocessing import get_context
@@ -20,8 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, stack_module_state, vmap
+from torch.func import functional_call, vmap
 
+from sferd_lab.artifacts import load_model
 from sferd_lab.config import make_settings, parse_literals
 from sferd_lab.data import Split
 from sferd_lab.denoiser import Denoiser, Prediction
@@ -30,12 +32,18 @@ from sferd_lab.errors import SferdError
 from sferd_lab.experiment import Run
 from sferd_lab.semantic import LatentDenoiser
 
+# What ``train_members`` decides for every run, so that no parameter may.
+DECIDED = ("guided", "retrain", "run_folder", "seed", "sgp")
+# torch's random state and accelerate's settings belong to the process, so threads of one process take turns.
+TURN = threading.Lock()
+
 
 class EnsembleDenoiser(Denoiser):
     """Networks of one shape evaluated as one: of a batch (members * b, dim), rows e b to (e + 1) b - 1 belong to member e.
 
     So ``train`` with ``TrainSettings.members``, every ``Target`` and every sampler work on it as on any denoiser, each member on rows of
-    its own. Raises SferdError for members of different shapes and for batches that do not divide.
+    its own. Two settings see all members at once: a ``clip`` within reach ties their steps together, and ``sample`` gives every batch's
+    rows to all members, so it must draw one batch. Raises SferdError for members of different shapes and for batches that do not divide.
     """
 
     def __init__(self, members: Sequence[LatentDenoiser]) -> None:
@@ -43,25 +51,24 @@ class EnsembleDenoiser(Denoiser):
         if not members or any(member.settings != members[0].settings for member in members):
             raise SferdError(f"an ensemble of {[member.settings for member in members]}; allowed: one or more networks of one shape")
         self.settings, self.members = members[0].settings, len(members)
-        stacked, _ = stack_module_state([member.network for member in members])
+        weights = [member.network.state_dict() for member in members]
         # The names of registered parameters may not hold dots.
-        self.stacked = nn.ParameterDict({name.replace(".", "/"): nn.Parameter(tensor.detach()) for name, tensor in stacked.items()})
+        self.stacked = nn.ParameterDict(
+            {name.replace(".", "/"): nn.Parameter(torch.stack([own[name] for own in weights])) for name in weights[0]}
+        )
         # In a tuple, so that the template is no part of the model: it lends its code, never its weights.
         self._template = (copy.deepcopy(members[0].network).to("meta"),)
 
     def predict(self, x: Tensor, phi: Angle, layers: Sequence[str] = ()) -> Prediction:
         """One pass of every member over its own rows."""
-        if len(x) % self.members:
-            raise SferdError(f"x has {len(x)} rows; allowed: multiples of the {self.members} members")
+        rows, angles = self.gather(x), self.gather(as_angle(phi, x).flatten().expand(len(x)))
         self.evaluations += 1
-        rows = (self.members, len(x) // self.members)
-        angles = as_angle(phi, x).flatten().expand(len(x))
 
         def one(parameters: dict[str, Tensor], x: Tensor, phi: Tensor) -> Tensor:
             return functional_call(self._template[0], parameters, (x, phi))
 
         stacked = {name.replace("/", "."): tensor for name, tensor in self.stacked.items()}
-        v = vmap(one)(stacked, x.unflatten(0, rows), angles.unflatten(0, rows)).flatten(0, 1)
+        v = vmap(one)(stacked, rows, angles).flatten(0, 1)
         return Prediction.from_v(x, v, phi)
 
     def spread(self, x: Tensor) -> Tensor:
@@ -70,25 +77,34 @@ class EnsembleDenoiser(Denoiser):
 
     def gather(self, x: Tensor) -> Tensor:
         """(members * B, ...) to (members, B, ...)."""
-        return x.unflatten(0, (self.members, -1))
+        if len(x) % self.members:
+            raise SferdError(f"x has {len(x)} rows; allowed: multiples of the {self.members} members")
+        return x.unflatten(0, (self.members, len(x) // self.members))
 
     def repeated(self, times: int) -> EnsembleDenoiser:
         """Each member ``times`` times in a row: the teachers of that many students each, or where those students start."""
+        if times < 1:
+            raise SferdError(f"times = {times}; allowed: 1 or more")
         copied = copy.deepcopy(self)
-        copied.members = self.members * times
+        copied.members, copied.evaluations = self.members * times, 0
         for name, tensor in self.stacked.items():
             copied.stacked[name] = nn.Parameter(tensor.detach().repeat_interleave(times, dim=0))
         return copied.requires_grad_(True)
 
     def member(self, index: int) -> LatentDenoiser:
         """One of the networks by itself."""
-        alone = LatentDenoiser(**self.settings)
-        alone.network.load_state_dict({name.replace("/", "."): tensor[index].detach() for name, tensor in self.stacked.items()})
+        with torch.device("meta"):  # draws no random weights, which would be thrown away
+            alone = LatentDenoiser(**self.settings)
+        weights = {name.replace("/", "."): tensor[index].detach().clone() for name, tensor in self.stacked.items()}
+        # Assigned rather than copied, which keeps their dtype and device.
+        alone.network.load_state_dict(weights, assign=True)
         return alone
 
 
 def stacked_data(splits: Sequence[Split]) -> Split:
-    """The training sets of an ensemble's members, of equal size, as the one set that ``train`` takes."""
+    """The training sets of an ensemble's members as the one set that ``train`` takes. Raises SferdError unless they are of equal size."""
+    if len(sizes := {len(split.images) for split in splits}) != 1:
+        raise SferdError(f"the members' training sets have {sorted(sizes)} images; allowed: one or more sets of equal size")
     return Split(torch.cat([split.images for split in splits]), None)
 
 
@@ -103,17 +119,22 @@ def train_member(preset: str, folder: Path | str, teacher: int, students: int, b
     With ``bootstrap`` teacher and students see a bootstrap sample of the training images drawn for this teacher.
     """
     common = {"retrain": True, "guided": (False,), "sgp": False, "bootstrap": teacher if bootstrap else None, **parameters}
-    run = Run(make_settings(preset, **common, seed=teacher, run_folder=str(member_folder(folder, teacher))), progress=False)
-    run.teacher()
-    for student in range(1, students + 1):
-        # Far from the teachers' seeds, and no two students share one.
-        settings = make_settings(preset, **common, seed=1000 * teacher + student, run_folder=str(member_folder(folder, teacher, student)))
-        own = Run(settings, progress=False)
-        weights = own.folder / "weights" / "teacher.safetensors"
-        weights.parent.mkdir(exist_ok=True)
-        shutil.copy(run.folder / "weights" / "teacher.safetensors", weights)
-        for method in settings.methods:
-            own.students(method, guided=False)
+
+    def start(seed: int, student: int | None = None) -> Run:
+        run_folder = str(member_folder(folder, teacher, student))
+        return Run(make_settings(preset, **common, seed=seed, run_folder=run_folder), progress=False)
+
+    with TURN:
+        run = start(teacher)
+        run.teacher()
+        for student in range(1, students + 1):
+            # Beyond every teacher's seed, and no two students share one.
+            own = start(1000 * teacher + student, student)
+            weights = own.folder / "weights" / "teacher.safetensors"
+            weights.parent.mkdir(exist_ok=True)
+            shutil.copy(run.folder / "weights" / "teacher.safetensors", weights)
+            for method in own.settings.methods:
+                own.students(method, guided=False)
 
 
 def train_members(
@@ -127,12 +148,15 @@ def train_members(
 ) -> None:
     """``teachers`` teachers and ``students`` students of each, as run folders under ``folder``; an interrupted call goes on.
 
-    One after another, or over an ``executor``: a process pool, or ``distributed.Client(...).get_executor()`` for Dask. Raises SferdError
-    for fewer than 2 of either, of which no variance can be estimated.
+    One after another, or over an ``executor``: a process pool, or ``distributed.Client(...).get_executor()`` for Dask; threads of one
+    process take turns. ``parameters`` are ``make_settings``'s. Raises SferdError for fewer than 2 of either, of which no variance can be
+    estimated, for more than seeds are there for, and for a parameter that is decided here.
     """
     for name, count in (("teachers", teachers), ("students", students)):
-        if count < 2:
-            raise SferdError(f"{name} = {count}; allowed: 2 or more, since a variance needs two")
+        if not 2 <= count < 1000:
+            raise SferdError(f"{name} = {count}; allowed: 2 or more, since a variance needs two, and below 1000")
+    if given := sorted(set(DECIDED) & set(parameters)):
+        raise SferdError(f"parameter '{given[0]}' = {parameters[given[0]]!r}; allowed: none, it is decided for each member")
     jobs = [(preset, str(folder), teacher, students, bootstrap, parameters) for teacher in range(1, teachers + 1)]
     if executor is None:
         for job in jobs:
@@ -143,18 +167,23 @@ def train_members(
 
 
 def load_members(folder: Path | str, method: str, steps: int) -> tuple[list[Denoiser], list[list[Denoiser]]]:
-    """The teachers, and for each its students of ``method`` ("pd" or "cd") for ``steps`` sampling steps."""
-    from sferd_lab.artifacts import load_model
+    """The teachers, and for each its students of ``method`` ("pd" or "cd") for ``steps`` sampling steps.
 
+    Raises SferdError for another method, and for a folder in which weights are missing or not every teacher has as many students.
+    """
+    if method not in ("pd", "cd"):
+        raise SferdError(f"method = '{method}'; allowed: pd, cd")
     name = "cd" if method == "cd" else f"pd-{steps}"
-    teachers, students = [], []
-    while (path := member_folder(folder, len(teachers) + 1) / "weights" / "teacher.safetensors").exists():
-        teacher = len(teachers) + 1
-        teachers.append(load_model(path)[0])
-        runs = sorted(Path(folder).glob(f"teacher-{teacher}-student-*"), key=lambda run: int(run.name.rsplit("-", 1)[1]))
-        students.append([load_model(run / "weights" / f"{name}.safetensors")[0] for run in runs])
-    if not teachers:
-        raise SferdError(f"{folder} holds no teachers; allowed: the folder of a finished train_members")
+    teachers: list[Denoiser] = []
+    students: list[list[Denoiser]] = []
+    while (run := member_folder(folder, len(teachers) + 1)).exists():
+        teachers.append(load_model(run / "weights" / "teacher.safetensors")[0])
+        students.append([])
+        while (run := member_folder(folder, len(teachers), len(students[-1]) + 1)).exists():
+            students[-1].append(load_model(run / "weights" / f"{name}.safetensors")[0])
+    counts = [len(own) for own in students]
+    if len(set(counts)) != 1 or not counts[0]:
+        raise SferdError(f"{folder} holds {len(teachers)} teachers with {counts} students; allowed: the folder of a finished train_members")
     return teachers, students
 
 

@@ -1,0 +1,192 @@
+"""The instruments on trained models: tables under ``data/results/`` from run folders.
+
+``python -m sferd_lab.analysis.study spatial RUN NAME`` reads a run of the main job, ``... bias-variance ENSEMBLE NAME`` a folder of
+``analysis.ensemble``. Both write ``data/results/<kind>/<NAME>*.csv`` and, beside them, the settings they were made with.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from sferd_lab.analysis.bias_variance import decompose, predict
+from sferd_lab.analysis.ensemble import load_members
+from sferd_lab.analysis.spatial import (
+    attention_maps,
+    attention_test,
+    by_pixel,
+    error_map,
+    mean_interval,
+    radial_power,
+    share_inside,
+    to_grid,
+)
+from sferd_lab.artifacts import load_model, shipped_folder
+from sferd_lab.config import Settings
+from sferd_lab.data import load_images
+from sferd_lab.denoiser import Denoiser, FiniteSetDenoiser
+from sferd_lab.diffusion import HALF_PI, add_noise
+from sferd_lab.experiment import provenance
+from sferd_lab.files import read_json, replacing, write_json
+from sferd_lab.sample import SampleNoise
+
+# Noise levels t = phi / (pi/2); all lie on the consistency grid of 16, and the last is pure noise.
+LEVELS = (0.125, 0.25, 0.5, 0.75, 0.875, 1.0)
+TEACHER_STEPS = 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model whose error is looked at: ``steps`` None is one evaluation, else a walk; ``source`` is the teacher it was distilled from."""
+
+    name: str
+    model: Denoiser
+    source: Denoiser | None = None
+    steps: int | None = None
+    levels: tuple[float, ...] = LEVELS
+    condition: dict[str, Tensor] = field(default_factory=dict)
+
+
+def run_settings(run: Path) -> Settings:
+    """The settings of a run folder."""
+    return Settings.model_validate(read_json(run / "config.json")["settings"])
+
+
+def noised(images: Tensor, level: float, seed: int) -> Tensor:
+    """``images`` at the angle ``level`` pi/2; the noise of image i is the same at every level."""
+    return add_noise(images, SampleNoise(seed, len(images), purpose=3).draw(images.shape[1:]), level * HALF_PI)
+
+
+def cases(run: Path, images: Tensor) -> Iterator[Case]:
+    """Teacher, consistency student and progressive students of a run, and its pairs with a semantic gradient predictor, as far as trained.
+
+    Progressive students only know their own grid, so they walk from pure noise. A pair is told its image's own code, and is compared with
+    the z-conditional teacher told the same.
+    """
+
+    def weights(name: str) -> Denoiser | None:
+        path = run / "weights" / f"{name}.safetensors"
+        return load_model(path)[0] if path.exists() else None
+
+    teacher = weights("teacher")
+    yield Case("teacher", teacher)
+    for name in ("cd", "cd-guided"):
+        if student := weights(name):
+            yield Case(name, student, teacher)
+    for prefix in ("pd", "pd-guided"):
+        for steps in (4, 2, 1):
+            if student := weights(f"{prefix}-{steps}"):
+                yield Case(f"{prefix}-{steps}", student, teacher, steps, (1.0,))
+    if source := weights("teacher-sgp"):
+        with torch.inference_mode():
+            told = {"z": source.encoder(images)}
+        for name in ("pd-sgp-1", "pd-guided-sgp-1", "cd-sgp", "cd-guided-sgp"):
+            if student := weights(name):
+                yield Case(name, student, source, 1, (1.0,), told)
+
+
+def spatial_study(run: Path | str, name: str, n: int = 500, seed: int = 1) -> None:
+    """Where the errors of a run's models sit, on ``n`` held-out images: four tables.
+
+    ``<name>-attention.csv``: ``attention_test`` for each model, error, level and layer of the teacher. ``<name>-shares.csv``: share of
+    error inside the mask of attention above 1, over the mask's area. ``<name>-spectrum.csv``: power of each error by frequency.
+    ``<name>-maps.csv``: mean error and attention, pixel by pixel. Errors: "total" against the image x0; "fitting" against the ideal
+    denoiser of the training set (teacher only); "distillation" against the teacher's endpoint after 64 DDIM steps from the same x_phi.
+    """
+    run, settings = Path(run), run_settings(Path(run))
+    data = load_images(settings.data, settings.image_size)
+    images = data.reference.images[:n]
+    ideal = FiniteSetDenoiser(data.train.images)
+    models = list(cases(run, images))
+    teacher = models[0].model
+    tables: dict[str, list[pd.DataFrame]] = {"attention": [], "shares": [], "spectrum": [], "maps": []}
+    endpoints: dict[tuple[int, float], Tensor] = {}  # by teacher and level: the slow part, shared by all its students
+    attention = {level: attention_maps(teacher, noised(images, level, seed), level * HALF_PI) for level in LEVELS}
+    for level, maps in attention.items():
+        tables["maps"].append(by_pixel(maps).assign(model="teacher", level=level))
+    for case in models:
+        for level in case.levels:
+            x, phi = noised(images, level, seed), level * HALF_PI
+            predicted = predict(case.model, x, phi, case.steps, **case.condition)
+            references = {"total": images}
+            if case.source is None:
+                references["fitting"] = predict(ideal, x, phi)
+            else:
+                key = (id(case.source), level)
+                if key not in endpoints:
+                    endpoints[key] = predict(case.source, x, phi, TEACHER_STEPS, **case.condition)
+                references["distillation"] = endpoints[key]
+            for kind, reference in references.items():
+                about = {"model": case.name, "error": kind, "level": level}
+                error = error_map(predicted, reference)
+                tables["maps"].append(by_pixel({f"{kind} error": error}).assign(model=case.name, level=level))
+                tables["spectrum"].append(radial_power(reference - predicted).assign(**about))
+                for layer, received in attention[level].items():
+                    tables["attention"].append(attention_test(error, received, predicted).assign(layer=layer, **about))
+                    mask = (to_grid(received, error.shape[1:]) > 1).astype(float)
+                    line = [*mean_interval(share_inside(error, mask)), mask.mean()]
+                    columns = ["ratio", "low", "high", "images", "area"]
+                    tables["shares"].append(pd.DataFrame([line], columns=columns).assign(layer=layer, **about))
+    for table, parts in tables.items():
+        _write("spatial", f"{name}-{table}", pd.concat(parts, ignore_index=True))
+    made = {"command": f"python -m sferd_lab.analysis.study spatial {run} {name}", "n": n, "seed": seed, "levels": LEVELS}
+    write_json(shipped_folder() / "results" / "spatial" / f"{name}.json", {**made, "run": read_json(run / "config.json"), **provenance()})
+
+
+def bias_variance_study(folder: Path | str, name: str, n: int = 200, seed: int = 1) -> None:
+    """The decomposition for an ensemble of trainings, at each level, for each method: ``<name>.csv``.
+
+    "held-out": x_phi from images no network saw, x0 as the reference, so irreducible error and the teacher's bias come together.
+    "training": x_phi from training images, with the ideal denoiser of the training set as the exact reference: its posterior mean for a
+    single evaluation, its ODE's endpoint for walks. T is the teacher's single evaluation (method "teacher", whose "student" is itself) or
+    its walk of 64 steps; S a consistency student's single evaluation, or a progressive student's walk.
+    """
+    folder = Path(folder)
+    settings = run_settings(folder / "teacher-1")
+    data = load_images(settings.data, settings.image_size)
+    ideal = FiniteSetDenoiser(data.train.images)
+    methods: list[tuple[str, int | None, tuple[float, ...]]] = [("teacher", None, LEVELS)]
+    methods += [("cd", None, LEVELS)] if "cd" in settings.methods else []
+    methods += [("pd", steps, (1.0,)) for steps in (4, 2, 1)] if "pd" in settings.methods else []
+    parts, maps = [], []
+    for images_of, split in (("held-out", data.reference), ("training", data.train)):
+        images = split.images[:n]
+        for method, steps, levels in methods:
+            teachers, students = load_members(folder, "cd" if method == "teacher" else method, steps or 1)
+            for level in levels:
+                x, phi = noised(images, level, seed), level * HALF_PI
+                walk = None if method == "teacher" else TEACHER_STEPS
+                taught = predict(teachers, x, phi, walk)
+                # A copy of the teacher is the perfect student: what remains is the teacher's own bias and variance.
+                learnt = taught[:, None].expand(-1, 2, *taught.shape[1:]) if method == "teacher" else predict(students, x, phi, steps)
+                m = predict(ideal, x, phi, walk, "heun") if images_of == "training" else None
+                found = decompose(learnt, taught, m, images if walk is None or m is None else None)
+                about = {"images": images_of, "method": method, "steps": steps or 1, "level": level}
+                parts.append(found.table().assign(**about, teachers=len(taught), students=learnt.shape[1], points=n))
+                pixels = {term: found.map(term)[None].mean(1).numpy() for term in found.maps}
+                maps.append(by_pixel(pixels).assign(**about))
+    _write("bias-variance", name, pd.concat(parts, ignore_index=True))
+    _write("bias-variance", f"{name}-maps", pd.concat(maps, ignore_index=True))
+    made = {"command": f"python -m sferd_lab.analysis.study bias-variance {folder} {name}", "n": n, "seed": seed, "levels": LEVELS}
+    runs = {run.name: read_json(run / "config.json") for run in sorted(folder.iterdir())}
+    about = {**made, "first_run": runs["teacher-1"], "runs": sorted(runs), **provenance()}
+    write_json(shipped_folder() / "results" / "bias-variance" / f"{name}.json", about)
+
+
+def _write(kind: str, name: str, table: pd.DataFrame) -> None:
+    """A table of results, numbers to five digits: more would be noise, and no smaller file."""
+    numbers = table.select_dtypes(np.floating).columns
+    table[numbers] = table[numbers].map(lambda value: float(f"{value:.5g}"))
+    with replacing(shipped_folder() / "results" / kind / f"{name}.csv") as temporary:
+        table.to_csv(temporary, index=False)
+
+
+if __name__ == "__main__":
+    {"spatial": spatial_study, "bias-variance": bias_variance_study}[sys.argv[1]](sys.argv[2], sys.argv[3])
