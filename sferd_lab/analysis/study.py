@@ -1,7 +1,7 @@
 """The instruments on trained models: tables under ``data/results/`` from run folders.
 
-``python -m sferd_lab.analysis.study spatial RUN NAME`` reads a run of the main job, ``... bias-variance ENSEMBLE NAME`` a folder of
-``analysis.ensemble``. Both write ``data/results/<kind>/<NAME>*.csv`` and, beside them, the settings they were made with.
+``python -m sferd_lab.analysis.study spatial RUN NAME [n=500] [seed=1]`` reads a run of the main job, ``... bias-variance ENSEMBLE NAME``
+a folder of ``analysis.ensemble``. Both write ``data/results/<kind>/<NAME>*.csv`` and, beside them, the settings they were made with.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from sferd_lab.analysis.spatial import (
     to_grid,
 )
 from sferd_lab.artifacts import load_model, shipped_folder
-from sferd_lab.config import Settings
+from sferd_lab.config import Settings, parse_literals
 from sferd_lab.data import load_images
 from sferd_lab.denoiser import Denoiser, FiniteSetDenoiser
 from sferd_lab.diffusion import HALF_PI, add_noise
@@ -136,7 +136,7 @@ def spatial_study(run: Path | str, name: str, n: int = 500, seed: int = 1) -> No
                     tables["shares"].append(pd.DataFrame([line], columns=columns).assign(layer=layer, **about))
     for table, parts in tables.items():
         _write("spatial", f"{name}-{table}", pd.concat(parts, ignore_index=True))
-    made = {"command": f"python -m sferd_lab.analysis.study spatial {run} {name}", "n": n, "seed": seed, "levels": LEVELS}
+    made = {"command": f"python -m sferd_lab.analysis.study spatial {run} {name} n={n} seed={seed}", "n": n, "seed": seed, "levels": LEVELS}
     write_json(shipped_folder() / "results" / "spatial" / f"{name}.json", {**made, "run": read_json(run / "config.json"), **provenance()})
 
 
@@ -174,7 +174,12 @@ def bias_variance_study(folder: Path | str, name: str, n: int = 200, seed: int =
                 maps.append(by_pixel(pixels).assign(**about))
     _write("bias-variance", name, pd.concat(parts, ignore_index=True))
     _write("bias-variance", f"{name}-maps", pd.concat(maps, ignore_index=True))
-    made = {"command": f"python -m sferd_lab.analysis.study bias-variance {folder} {name}", "n": n, "seed": seed, "levels": LEVELS}
+    made = {
+        "command": f"python -m sferd_lab.analysis.study bias-variance {folder} {name} n={n} seed={seed}",
+        "n": n,
+        "seed": seed,
+        "levels": LEVELS,
+    }
     runs = {run.name: read_json(run / "config.json") for run in sorted(folder.iterdir())}
     about = {**made, "first_run": runs["teacher-1"], "runs": sorted(runs), **provenance()}
     write_json(shipped_folder() / "results" / "bias-variance" / f"{name}.json", about)
@@ -189,4 +194,5 @@ def _write(kind: str, name: str, table: pd.DataFrame) -> None:
 
 
 if __name__ == "__main__":
-    {"spatial": spatial_study, "bias-variance": bias_variance_study}[sys.argv[1]](sys.argv[2], sys.argv[3])
+    studies = {"spatial": spatial_study, "bias-variance": bias_variance_study}
+    studies[sys.argv[1]](sys.argv[2], sys.argv[3], **parse_literals(sys.argv[4:]))
