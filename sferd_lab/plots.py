@@ -124,7 +124,7 @@ def term_bars(table: pd.DataFrame, by: str, title: str = "") -> Figure:
 
     ``table`` holds lines of ``Decomposition.table`` with the column ``by``. Estimates below zero hang below the axis; none is clipped.
     """
-    figure, axes = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7.5, 3.6), layout="constrained")
     groups = list(dict.fromkeys(table[by]))
     up, down = np.zeros(len(groups)), np.zeros(len(groups))
     for colour, (term, part) in zip(PALETTE, table[table["term"] != "total"].groupby("term", sort=False), strict=False):
@@ -141,7 +141,7 @@ def term_bars(table: pd.DataFrame, by: str, title: str = "") -> Figure:
     axes.set_xlabel(by)
     axes.set_ylabel("squared error a pixel")
     axes.set_title(title, fontsize=10)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside right center", fontsize=8)
     return figure
 
 
