@@ -2,7 +2,8 @@
 
 Progressive distillation (Salimans & Ho 2022), consistency distillation (Song et al. 2023) and the targets of SFERD's semantic gradient
 predictor differ only in how they make a ``Target``. Each is a class here whose call turns a batch into one; ``distillation_loss``
-compares it with the student's prediction. The teacher is any ``Denoiser``, guided or exact ones included, and never receives a gradient.
+compares it with the student's prediction. The teacher is any ``Denoiser``, guided or exact ones included, and never receives a gradient:
+it runs in inference mode, and only copies of what it made leave it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,18 @@ import torch
 from torch import Tensor
 
 from sferd_lab.denoiser import Denoiser, Prediction
-from sferd_lab.diffusion import Angle, add_noise, angle_grid, as_angle, ddim_step, heun_velocity, implied_velocity, snr, v_from_x0
+from sferd_lab.diffusion import (
+    Angle,
+    add_noise,
+    angle_grid,
+    as_angle,
+    ddim_step,
+    heun_velocity,
+    implied_velocity,
+    snr,
+    v_from_x0,
+    x0_from_v,
+)
 from sferd_lab.errors import SferdError
 
 LOSSES = ("v", "x0_snr", "l2", "pseudo_huber")
@@ -94,13 +106,12 @@ class ProgressiveTarget:
         phi, psi = batch.pick(angle_grid(self.steps, self.teacher.phi_hi))
         middle = (phi + psi) / 2
         x = add_noise(batch.x0, batch.eps, phi)
-        with torch.no_grad():
+        with torch.inference_mode():
             told = self.teacher_condition(batch)
             x_middle = ddim_step(x, self.teacher(x, phi, **told).v, phi, middle)
             x_psi = ddim_step(x_middle, self.teacher(x_middle, middle, **told).v, middle, psi)
-            v = implied_velocity(x, x_psi, phi, psi)
-            prediction = Prediction.from_v(x, v, phi)
-        return Target(x, phi, prediction.x0, v, self.condition(batch))
+        v = implied_velocity(x, x_psi, phi, psi)
+        return Target(x, phi, x0_from_v(x, v, phi), v, self.condition(batch))
 
 
 def teacher_step(teacher: Denoiser, x: Tensor, phi: Angle, psi: Angle, solver: str, **condition: Tensor) -> Tensor:
@@ -144,9 +155,10 @@ class ConsistencyTarget:
         phi, psi = grid[index], grid[index + 1]
         x = add_noise(batch.x0, batch.eps, phi)
         condition = self.condition(batch)
-        with torch.no_grad():
+        with torch.inference_mode():
             x_psi = teacher_step(self.teacher, x, phi, psi, self.solver, **self.teacher_condition(batch))
             x0 = student(x_psi, psi, **condition).x0
+        x0 = x0.clone()
         return Target(x, phi, x0, v_from_x0(x, x0, phi), condition)
 
 
@@ -169,7 +181,7 @@ class DataTarget:
         x = add_noise(batch.x0, batch.eps, phi)
         x0 = batch.x0
         if bool((psi > 0).any()):
-            with torch.no_grad():
+            with torch.inference_mode():
                 inner = psi.clamp_min(max(self.teacher.phi_lo, 1e-3))
                 guided = self.teacher(add_noise(batch.x0, batch.eps, inner), inner, **self.teacher_condition(batch)).x0
             x0 = torch.where(as_angle(psi, x0) > 0, guided, x0)

@@ -52,9 +52,18 @@ def angle_embedding(phi: Tensor, dim: int) -> Tensor:
     return torch.cat([arguments.cos(), arguments.sin()], dim=1)
 
 
-def group_norm(channels: int, affine: bool = True) -> nn.GroupNorm:
+class GroupNorm(nn.GroupNorm):
+    """torch's, made safe: with channels last, its backward on a CPU crashes where the weights need a gradient and the input none (2.13)."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        """``h`` (B, C, ...) normalised."""
+        trained = torch.is_grad_enabled() and self.weight is not None and self.weight.requires_grad
+        return super().forward(h.detach().requires_grad_() if trained and not h.requires_grad else h)
+
+
+def group_norm(channels: int, affine: bool = True) -> GroupNorm:
     """Group normalisation with 8 groups, or as many of them as divide ``channels``."""
-    return nn.GroupNorm(math.gcd(8, channels), channels, affine=affine)
+    return GroupNorm(math.gcd(8, channels), channels, affine=affine)
 
 
 def zeroed(layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
@@ -102,15 +111,16 @@ class SelfAttention(nn.Module):
     def forward(self, h: Tensor, capture: Capture | None = None) -> Tensor:
         """``h`` (B, C, H, W) plus what attention adds. Fills ``capture[name]`` when that key is present."""
         batch, channels, height, width = h.shape
-        qkv = self.qkv(self.norm(h)).reshape(batch, 3, self.heads, channels // self.heads, height * width)
-        q, k, v = qkv.mT.contiguous().unbind(1)  # contiguous: the fast attention kernels ask for it
+        # Channels lie last in memory, so positions and heads are views and nothing is copied.
+        qkv = self.qkv(self.norm(h)).permute(0, 2, 3, 1).reshape(batch, height * width, 3, self.heads, channels // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
         if capture is not None and self.name in capture:
             weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(dim=-1)  # over keys: each query's weights sum to 1
             capture[self.name] = AttentionMap(weights, height, width)
             attended = weights @ v
         else:
             attended = F.scaled_dot_product_attention(q, k, v)
-        return h + self.out(attended.mT.reshape(batch, channels, height, width))
+        return h + self.out(attended.transpose(1, 2).reshape(batch, height, width, channels).permute(0, 3, 1, 2))
 
 
 class Block(nn.Module):
@@ -257,6 +267,7 @@ class UNet(nn.Module):
             self.encoder.append(blocks)
         self.middle = Middle("middle", width, emb_dim, shape.heads)
         self.decoder = Decoder(shape)
+        self.to(memory_format=torch.channels_last)  # a pixel's channels side by side, which convolutions read fastest
 
     @property
     def attention_layers(self) -> tuple[str, ...]:
@@ -275,7 +286,7 @@ class UNet(nn.Module):
             labels = torch.full(phi.shape, self.shape.classes, device=x.device) if labels is None else labels
             emb = emb + self.label(labels)
         emb = F.silu(emb)
-        h = self.stem(x)
+        h = self.stem(x.contiguous(memory_format=torch.channels_last))
         skips = []
         for level, blocks in enumerate(self.encoder):
             if level:

@@ -97,7 +97,7 @@ def teacher(**settings):
     torch.manual_seed(0)
     network = UNet(UNetSettings(**{"widths": (8, 8), "blocks": 1, "heads": 2} | settings))
     for parameter in network.parameters():
-        nn.init.normal_(parameter, std=0.3)
+        nn.init.normal_(parameter, std=0.5)
     return NetworkDenoiser(network.requires_grad_(False))
 
 

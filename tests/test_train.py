@@ -1,6 +1,9 @@
 import ast
 import itertools
 import math
+import platform
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -585,3 +588,30 @@ def test_nothing_in_the_package_can_load_a_pickle():
             if isinstance(node, ast.keyword):
                 assert not (node.arg == "allow_pickle" and getattr(node.value, "value", True)), where
                 assert not (node.arg == "weights_only" and not getattr(node.value, "value", False)), where
+
+
+FAULTS = """
+import resource, sys, torch
+from sferd_lab.train import keep_memory
+if sys.argv[1] == "keep":
+    keep_memory()
+block = torch.zeros(2**24)
+for _ in range(40):  # until the holes left by aligned blocks have joined
+    block.clone()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    block.clone()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have settings of their own")
+def test_kept_memory_is_used_again_instead_of_being_asked_for_page_by_page():
+    # A process of its own, since the setting cannot be taken back.
+    faults = {
+        how: int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("keep", "default")
+    }
+    pages = 5 * 2**26 // 4096  # of five copies of 64 MiB
+    assert faults["keep"] < 0.01 * pages
+    assert faults["default"] > 10 * faults["keep"]

@@ -304,3 +304,24 @@ def test_the_info_of_a_network_builds_the_same_network():
     twin.load_state_dict(unet.state_dict())
     x = normal(1, 3, 4, 4)
     assert torch.equal(twin(x, 0.5), unet(x, 0.5))
+
+
+def test_a_decoder_on_frozen_features_trains():
+    # torch's group norm reads past its tensors in just this case: weights to train, channels last, an input without gradient.
+    unet = network(channels=3, widths=(8, 16)).requires_grad_(False)
+    features = unet.encode(normal(4, 3, 8, 8), 0.5)
+    assert not features.middle.requires_grad
+    assert features.middle.is_contiguous(memory_format=torch.channels_last)
+    plain = unet.decoder(features, features.middle)
+    trained = unet.decoder.requires_grad_(True)(features, features.middle)
+    assert torch.equal(trained, plain)
+    trained.square().sum().backward()
+    norm = unet.decoder.levels[0][0].norm
+    before, step = norm.weight.detach().clone(), 1e-6 * norm.weight.grad.sign()
+
+    def loss(shift):
+        with torch.no_grad():
+            norm.weight.copy_(before + shift)
+            return unet.decoder(features, features.middle).square().sum()
+
+    assert torch.isclose((loss(step) - loss(-step)) / 2, (norm.weight.grad * step).sum(), rtol=1e-6)
