@@ -8,7 +8,7 @@ BIN := .venv/bin
 # name=value pairs on the command line are the notebook's parameters: make experiment seed=2 retrain=true
 parameters = $(foreach pair,$(filter-out PYTHON=% run_folder=%,$(MAKEOVERRIDES)),-p $(word 1,$(subst =, ,$(pair))) '$(word 2,$(subst =, ,$(pair)))')
 
-.PHONY: experiment test test-notebooks lint mutants shipped results clean
+.PHONY: experiment test test-notebooks lint mutants benchmark shipped results clean
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; try: make PYTHON=python3.11 ..."; exit 1; }
@@ -40,6 +40,11 @@ lint: .venv/ready
 # Show that the tests can fail: mutations of the library, one by one, each caught by the test named for it.
 mutants: .venv/ready
 	$(BIN)/python tests/mutants/run.py
+
+# Speed against peers, with nothing else running: some five minutes. tests/benchmarks/NOTES.md says what was tried.
+benchmark: .venv/ready
+	$(BIN)/python tests/benchmarks/network.py
+	$(BIN)/python tests/benchmarks/ensemble.py
 
 # Make the files under data/ again: hours for fashion16.
 shipped: .venv/ready

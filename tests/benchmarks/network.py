@@ -1,0 +1,135 @@
+"""Speed of a training step and of a forward pass, our U-Net against diffusers'; ``data/results/network_speed.csv`` keeps the numbers.
+
+    python tests/benchmarks/network.py
+
+Each network runs in a process of its own as its users would run it, ours with the memory setting that ``train`` makes, and the processes
+take turns. The same widths, blocks, attention, batch, optimiser (fused AdamW), precision (float32) and threads.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from sferd_lab.files import replacing
+from sferd_lab.train import keep_memory
+from sferd_lab.unet import UNet, UNetSettings
+
+TABLE = Path(__file__).resolve().parent.parent.parent / "data" / "results" / "network_speed.csv"
+# By image size: the digits preset's network, two of 32-32-64 channels, and the patches preset's.
+SHAPES = {
+    8: UNetSettings(1, (32, 32), 1, (0, 1)),
+    16: UNetSettings(1, (32, 32, 64), 1, (1, 2)),
+    28: UNetSettings(1, (32, 32, 64), 1, (1, 2)),
+    32: UNetSettings(3, (32, 64, 64), 1, (1, 2)),
+}
+BATCH, REPETITIONS, WARM_UP, TIMED = 64, 5, 4, 9
+
+
+def median_seconds(run: Callable[[], object]) -> float:
+    """Of ``TIMED`` calls, after a few to warm up."""
+    seconds = []
+    for _ in range(WARM_UP + TIMED):
+        started = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - started)
+    return sorted(seconds[WARM_UP:])[TIMED // 2]
+
+
+def measure(who: str, size: int) -> dict[str, float]:
+    """One process's numbers: seconds of a training step and of a forward pass, parameters, and FLOPs of a step."""
+    shape = SHAPES[size]
+    torch.manual_seed(0)
+    x, goal = torch.randn(2, BATCH, shape.channels, size, size)
+    phi = 1.5 * torch.rand(BATCH)
+    if who == "sferd_lab":
+        keep_memory()
+        network: nn.Module = UNet(shape)
+        predict = lambda: network(x, phi)  # noqa: E731
+    else:
+        from peer import matched_peer, stock_peer
+
+        network = (matched_peer if who == "diffusers, same arrangement" else stock_peer)(shape, size)
+        predict = lambda: network(x, 600 * phi, return_dict=False)[0]  # noqa: E731
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        (predict() - goal).square().mean().backward()
+        optimizer.step()
+
+    with FlopCounterMode(display=False) as counter:
+        step()
+    found = {"step_seconds": median_seconds(step), "step_gflop": counter.get_total_flops() / 1e9}
+    with torch.inference_mode():
+        found["forward_seconds"] = median_seconds(predict)
+    return found | {"parameters": sum(parameter.numel() for parameter in network.parameters())}
+
+
+def convolution_peak() -> dict[str, float]:
+    """GFLOP/s of a large matrix product, and of the better memory layout of a 3x3 convolution of 256 channels at 32x32."""
+    a = torch.randn(2048, 2048)
+    weight = torch.randn(256, 256, 3, 3)
+    images = torch.randn(16, 256, 32, 32)
+    flop = 2 * 16 * 256 * 256 * 9 * 32 * 32
+    rates = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        laid = images.to(memory_format=layout), weight.to(memory_format=layout)
+        rates.append(flop / median_seconds(lambda laid=laid: nn.functional.conv2d(*laid, padding=1)) / 1e9)
+    return {"matmul_gflops": 2 * 2048**3 / median_seconds(lambda: a @ a) / 1e9, "convolution_gflops": max(rates)}
+
+
+def in_a_process(*arguments: str) -> dict[str, float]:
+    """What this script prints when called with ``arguments``."""
+    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def describe(table: pd.DataFrame) -> str:
+    """For each size: our medians, and the peers' over ours within a repetition, median and range."""
+    lines = []
+    for size, part in table.groupby("size"):
+        wide = part.pivot(index="repetition", columns="network", values=["step_seconds", "forward_seconds"])
+        ours = part[part["network"] == "sferd_lab"]
+        rate = (ours["step_gflop"] / ours["step_seconds"]).median()
+        share = (ours["step_gflop"] / ours["step_seconds"] / ours["convolution_gflops"]).median()
+        lines.append(
+            f"{size}x{size}: a step {1000 * ours['step_seconds'].median():.1f} ms, {rate:.0f} GFLOP/s, {share:.0%} of a large convolution's"
+        )
+        for what in ("step_seconds", "forward_seconds"):
+            for peer in wide[what].columns.drop("sferd_lab"):
+                ratio = wide[what][peer] / wide[what]["sferd_lab"]
+                name = what.removesuffix("_seconds")
+                lines.append(f"  {name}, {peer}: {ratio.median():.2f} times ours, {ratio.min():.2f} to {ratio.max():.2f}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Take turns, write the table, print its summary."""
+    rows = []
+    for repetition in range(1, REPETITIONS + 1):
+        peak = in_a_process("peak")
+        for size in SHAPES:
+            for who in ("sferd_lab", "diffusers, same arrangement", "diffusers, stock"):
+                about = {"size": size, "network": who, "repetition": repetition, "batch": BATCH, "threads": torch.get_num_threads()}
+                rows.append(about | in_a_process(who, str(size)) | peak | {"torch": torch.__version__})
+    table = pd.DataFrame(rows)
+    with replacing(TABLE) as temporary:
+        table.to_csv(temporary, index=False, float_format="%.6g")
+    print(describe(table))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        main()
+    else:
+        print(json.dumps(convolution_peak() if sys.argv[1] == "peak" else measure(sys.argv[1], int(sys.argv[2]))))
