@@ -283,7 +283,7 @@ def load_part(module: nn.Module, tensors: dict[str, Tensor], prefix: str, path: 
 
 def _matching(wanted: dict[str, Tensor], tensors: dict[str, Tensor], prefix: str, path: Path | str) -> dict[str, Tensor]:
     found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    for name in wanted.keys() | found.keys():
+    for name in dict.fromkeys([*wanted, *found]):
         if name not in found or name not in wanted:
             raise SferdError(f"{path}: tensor '{prefix}{name}' is {'missing' if name not in found else 'not one of this model'}")
         if found[name].shape != wanted[name].shape or found[name].dtype != wanted[name].dtype:
