@@ -32,7 +32,7 @@ SHAPES = {
     28: UNetSettings(1, (32, 32, 64), 1, (1, 2)),
     32: UNetSettings(3, (32, 64, 64), 1, (1, 2)),
 }
-BATCH, REPETITIONS, WARM_UP, TIMED = 64, 5, 4, 9
+BATCH, REPETITIONS, WARM_UP, TIMED = 64, 3, 4, 9
 
 
 def median_seconds(run: Callable[[], object]) -> float:
