@@ -438,3 +438,19 @@ def test_an_unknown_loss_is_refused():
     said, target = prediction_and_target()
     with pytest.raises(SferdError, match="loss = 'lpips'; allowed: v, x0_snr, l2, pseudo_huber"):
         distillation_loss(said, target, "lpips")
+
+
+@pytest.mark.parametrize("make", [lambda t: ProgressiveTarget(t, 2), lambda t: ConsistencyTarget(t, 4), lambda t: DataTarget(t, 2)])
+def test_the_teacher_runs_in_inference_mode_and_the_target_is_ordinary_tensors(make):
+    seen = []
+
+    def velocity_of(x, phi):
+        seen.append(torch.is_inference_mode_enabled())
+        return 0.5 * x
+
+    batch = Batch(torch.zeros(4, 1, 2, 2), torch.ones(4, 1, 2, 2), torch.arange(4) / 4)
+    target = make(FunctionDenoiser(velocity_of, "v"))(batch, FunctionDenoiser(lambda x, phi: 0.1 * x, "v"))
+    assert seen
+    assert all(seen)
+    # An inference tensor could not be saved for the student's backward pass.
+    assert not any(tensor.is_inference() for tensor in (target.x, target.phi, target.x0, target.v))
