@@ -108,7 +108,7 @@ def keep_memory() -> None:
     """Have the process keep the memory it frees for its next use, where the C library is glibc.
 
     By default glibc gives blocks above 32 MiB, and what lies at the heap's end, back to the system after every step and asks for it again
-    in the next, page by page: a sixth of a step's time. The price: the process stays as large as it once was.
+    in the next, page by page (what that costs: tests/benchmarks/NOTES.md). The price: the process stays as large as it once was.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt

@@ -2,8 +2,9 @@
 
     python tests/benchmarks/network.py
 
-Each network runs in a process of its own as its users would run it, ours with the memory setting that ``train`` makes, and the processes
-take turns. The same widths, blocks, attention, batch, optimiser (fused AdamW), precision (float32) and threads.
+Each network runs in a process of its own, and the processes take turns: the peers' as they come, ours with the memory setting that
+``train`` makes, so our forward pass is that of a process that has trained. The same widths, blocks, attention, batch, optimiser (fused
+AdamW), precision (float32) and threads.
 """
 
 from __future__ import annotations
