@@ -8,11 +8,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from sferd_lab.sample import ddim
 from sferd_lab.unet import UNet
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+common = pytest.importorskip("common")
+loops = pytest.importorskip("loops")
 network = pytest.importorskip("network")
 peer = pytest.importorskip("peer")
+scores = pytest.importorskip("scores")
 
 
 def flops(call):
@@ -42,3 +46,42 @@ def test_the_summary_takes_ratios_within_a_repetition():
     text = network.describe(pd.DataFrame(lines).assign(convolution_gflops=400.0))
     assert "8x8: a step 20.0 ms, 100 GFLOP/s, 25% of a large convolution's" in text
     assert "step, diffusers, stock: 1.50 times ours, 1.50 to 1.50" in text
+
+
+def test_calls_take_turns_and_ratios_pair_what_was_timed_together():
+    order = []
+    calls = {"peer": lambda: order.append("peer"), "ours": lambda: order.append("ours")}
+    rows = list(common.alternate(calls, 2, comparison="c", case="8x8"))
+    assert order == ["peer", "ours"] * 3  # the first round warms up
+    assert [(row["what"], row["repetition"]) for row in rows] == [("peer", 1), ("ours", 1), ("peer", 2), ("ours", 2)]
+    table = pd.DataFrame(rows).assign(seconds=[3.0, 1.0, 8.0, 2.0])
+    (found,) = common.ratios(table).to_dict("records")
+    assert (found["over"], found["what"], found["ratio"], found["low"], found["high"]) == ("peer", "ours", 3.5, 3.0, 4.0)
+    assert "peer takes 3.50 times (3.00 to 4.00) as long as ours" in common.describe(table)
+
+
+def test_the_pipeline_and_our_loop_draw_the_same_images():
+    size = 8
+    denoiser = loops.network(size)
+    schedule = loops.DDIMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False)
+    wrapped = loops.InPipeline(denoiser, loops.image_shape(size), schedule)
+    pipeline = loops.DDIMPipeline(wrapped, schedule)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(3, generator=torch.Generator().manual_seed(0), num_inference_steps=4, output_type="pt").images
+    # The same walk on the pipeline's angles, which end at 0.
+    start = torch.randn(3, *loops.image_shape(size), generator=torch.Generator().manual_seed(0))
+    grid = torch.cat([wrapped.angles[pipeline.scheduler.timesteps].clamp_max(denoiser.phi_hi), torch.zeros(1)])
+    with torch.inference_mode():
+        *_, last = ddim(denoiser, start, grid)
+    assert theirs == pytest.approx((last.x / 2 + 0.5).clamp(0, 1), abs=2e-3)
+
+
+@pytest.mark.parametrize("comparison", scores.COMPARISONS[1:])
+def test_the_metrics_peers_measure_the_same(monkeypatch, comparison):
+    monkeypatch.setattr(scores, "N", 1200)
+    values = [call() for call in scores.calls(comparison).values()]
+    if comparison == "kernel distance":
+        values = [float(value[0]) for value in values]
+        assert values[0] == pytest.approx(values[1], rel=0.05)  # the peer's is a mean over subsets
+    else:
+        assert values[0] == pytest.approx(values[1], rel=1e-6)

@@ -11,10 +11,10 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pandas as pd
 import torch
+from common import write
 
 from sferd_lab.analysis.ensemble import EnsembleDenoiser, stacked_data
 from sferd_lab.artifacts import seeded
@@ -22,11 +22,9 @@ from sferd_lab.data import Split, two_dimensional_mixture
 from sferd_lab.denoiser import Denoiser
 from sferd_lab.diffusion import HALF_PI
 from sferd_lab.distill import denoising_target
-from sferd_lab.files import replacing
 from sferd_lab.semantic import LatentDenoiser
 from sferd_lab.train import TrainSettings, train
 
-TABLE = Path(__file__).resolve().parent.parent.parent / "data" / "results" / "ensemble_speed.csv"
 MEMBERS, WIDTH, DEPTH = 64, 64, 3
 # What is saved is the fixed cost of a step, so small batches gain most.
 BATCHES = (16, 32, 64)
@@ -52,7 +50,7 @@ def measure(batch: int, repetitions: int = REPETITIONS, members: int = MEMBERS) 
     """The rows of the table: for each repetition one step of all ``members`` at once, then one step of all one after another."""
     mixture = two_dimensional_mixture("ring")
     data = [Split(mixture.sample(POINTS, torch.Generator().manual_seed(index))[0].float(), None) for index in range(members)]
-    about = {"members": members, "batch": batch, "width": WIDTH, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    about = {"members": members, "batch": batch, "width": WIDTH}
     for repetition in range(1, repetitions + 1):
         networks = [seeded(lambda: LatentDenoiser(2, width=WIDTH, depth=DEPTH), index) for index in range(members)]
         together = seconds_per_step(EnsembleDenoiser(networks), stacked_data(data), members, batch)
@@ -72,8 +70,6 @@ def describe(table: pd.DataFrame) -> str:
 
 
 if __name__ == "__main__":
-    found = pd.DataFrame(itertools.chain.from_iterable(measure(batch) for batch in BATCHES))
-    with replacing(TABLE) as temporary:
-        found.to_csv(temporary, index=False)
+    found = write(list(itertools.chain.from_iterable(measure(batch) for batch in BATCHES)), "ensemble_speed")
     for batch, part in found.groupby("batch"):
         print(f"a step of all {MEMBERS} networks, batch {batch}, {REPETITIONS} repetitions\n{describe(part)}")

@@ -10,22 +10,17 @@ AdamW), precision (float32) and threads.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
 
 import pandas as pd
 import torch
+from common import in_a_process, median_seconds, write
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sferd_lab.files import replacing
 from sferd_lab.train import keep_memory
 from sferd_lab.unet import UNet, UNetSettings
 
-TABLE = Path(__file__).resolve().parent.parent.parent / "data" / "results" / "network_speed.csv"
 # By image size: the digits preset's network, two of 32-32-64 channels, and the patches preset's.
 SHAPES = {
     8: UNetSettings(1, (32, 32), 1, (0, 1)),
@@ -33,17 +28,7 @@ SHAPES = {
     28: UNetSettings(1, (32, 32, 64), 1, (1, 2)),
     32: UNetSettings(3, (32, 64, 64), 1, (1, 2)),
 }
-BATCH, REPETITIONS, WARM_UP, TIMED = 64, 3, 4, 9
-
-
-def median_seconds(run: Callable[[], object]) -> float:
-    """Of ``TIMED`` calls, after a few to warm up."""
-    seconds = []
-    for _ in range(WARM_UP + TIMED):
-        started = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - started)
-    return sorted(seconds[WARM_UP:])[TIMED // 2]
+BATCH, REPETITIONS = 64, 3
 
 
 def measure(who: str, size: int) -> dict[str, float]:
@@ -89,12 +74,6 @@ def convolution_peak() -> dict[str, float]:
     return {"matmul_gflops": 2 * 2048**3 / median_seconds(lambda: a @ a) / 1e9, "convolution_gflops": max(rates)}
 
 
-def in_a_process(*arguments: str) -> dict[str, float]:
-    """What this script prints when called with ``arguments``."""
-    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
-
-
 def describe(table: pd.DataFrame) -> str:
     """For each size: our medians, and the peers' over ours within a repetition, median and range."""
     lines = []
@@ -118,15 +97,12 @@ def main() -> None:
     """Take turns, write the table, print its summary."""
     rows = []
     for repetition in range(1, REPETITIONS + 1):
-        peak = in_a_process("peak")
+        peak = in_a_process(__file__, "peak")
         for size in SHAPES:
             for who in ("sferd_lab", "diffusers, same arrangement", "diffusers, stock"):
-                about = {"size": size, "network": who, "repetition": repetition, "batch": BATCH, "threads": torch.get_num_threads()}
-                rows.append(about | in_a_process(who, str(size)) | peak | {"torch": torch.__version__})
-    table = pd.DataFrame(rows)
-    with replacing(TABLE) as temporary:
-        table.to_csv(temporary, index=False, float_format="%.6g")
-    print(describe(table))
+                about = {"size": size, "network": who, "repetition": repetition, "batch": BATCH}
+                rows.append(about | in_a_process(__file__, who, str(size)) | peak)
+    print(describe(write(rows, "network_speed")))
 
 
 if __name__ == "__main__":
