@@ -13,6 +13,7 @@ from sferd_lab.unet import UNet
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 common = pytest.importorskip("common")
+figure = pytest.importorskip("figure")
 loops = pytest.importorskip("loops")
 network = pytest.importorskip("network")
 peer = pytest.importorskip("peer")
@@ -85,3 +86,21 @@ def test_the_metrics_peers_measure_the_same(monkeypatch, comparison):
         assert values[0] == pytest.approx(values[1], rel=0.05)  # the peer's is a mean over subsets
     else:
         assert values[0] == pytest.approx(values[1], rel=1e-6)
+
+
+def test_the_readme_quotes_the_committed_tables():
+    readme = (common.RESULTS.parent.parent / "README.md").read_text()
+    lines = {line.split("|")[1].strip(): line for line in readme.splitlines() if line.startswith("|")}
+
+    def quoted(name, found, digits=2):
+        for row in found.itertuples():
+            assert f"{row.ratio:.{digits}f} [{row.low:.{digits}f}, {row.high:.{digits}f}]" in lines[name], (name, row)
+
+    network_rows, loop = figure.network_ratios(), common.ratios(pd.read_csv(common.RESULTS / "loop_speed.csv"))
+    network_rows = network_rows[network_rows["case"] != 28]
+    quoted("diffusers' blocks in the same arrangement, over ours", network_rows[network_rows["comparison"] == "step"])
+    quoted("forward pass: the same, over ours", network_rows[network_rows["comparison"] == "forward"])
+    quoted("diffusers' DDIM loop over ours, the same network in both", loop[loop["comparison"] == "sampler, a U-Net"])
+    quoted("guided PD step over the network passes it consists of (1 is ideal)", loop[loop["comparison"] == "distillation, guided PD"])
+    quoted("images a second: one-step student over 64-step teacher", loop[loop["what"] == "student, 1 step"], 0)
+    quoted("the same with SGP and prior", loop[loop["what"] == "student with SGP and prior, 1 step"], 0)

@@ -23,7 +23,7 @@ def bars(axes: Axes, title: str, found: pd.DataFrame, targets: dict[float, str])
         axes.axvline(value, color=colour, linestyle="--", linewidth=1, label=label)
     axes.set_xlim(left=0)
     axes.set_title(title, fontsize=9)
-    axes.legend(fontsize=7, loc="lower right")
+    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=2, frameon=False)
 
 
 def network_ratios() -> pd.DataFrame:
@@ -39,7 +39,7 @@ def network_ratios() -> pd.DataFrame:
                 "repetition": peer["repetition"],
                 "seconds": peer[f"{name}_seconds"],
             }
-        ).sort_values("what")
+        ).sort_values(["what", "case"])
         for name in ("step", "forward")
     ]
     found = ratios(pd.concat(long))

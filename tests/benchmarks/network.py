@@ -2,6 +2,8 @@
 
     python tests/benchmarks/network.py
 
+``network_profile.csv`` says where the time of our training step goes.
+
 Each network runs in a process of its own, and the processes take turns: the peers' as they come, ours with the memory setting that
 ``train`` makes, so our forward pass is that of a process that has trained. The same widths, blocks, attention, batch, optimiser (fused
 AdamW), precision (float32) and threads.
@@ -11,11 +13,12 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 
 import pandas as pd
 import torch
 from common import in_a_process, median_seconds, write
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sferd_lab.train import keep_memory
@@ -28,11 +31,11 @@ SHAPES = {
     28: UNetSettings(1, (32, 32, 64), 1, (1, 2)),
     32: UNetSettings(3, (32, 64, 64), 1, (1, 2)),
 }
-BATCH, REPETITIONS = 64, 3
+BATCH, REPETITIONS, WARM_UP, TIMED = 64, 3, 4, 9
 
 
-def measure(who: str, size: int) -> dict[str, float]:
-    """One process's numbers: seconds of a training step and of a forward pass, parameters, and FLOPs of a step."""
+def steps(who: str, size: int) -> tuple[Callable[[], None], Callable[[], Tensor], nn.Module]:
+    """A training step and a forward pass of that network, and the network."""
     shape = SHAPES[size]
     torch.manual_seed(0)
     x, goal = torch.randn(2, BATCH, shape.channels, size, size)
@@ -53,12 +56,35 @@ def measure(who: str, size: int) -> dict[str, float]:
         (predict() - goal).square().mean().backward()
         optimizer.step()
 
+    return step, predict, network
+
+
+def measure(who: str, size: int) -> dict[str, float]:
+    """One process's numbers: seconds of a training step and of a forward pass, parameters, and FLOPs of a step."""
+    step, predict, network = steps(who, size)
     with FlopCounterMode(display=False) as counter:
         step()
     found = {"step_seconds": median_seconds(step), "step_gflop": counter.get_total_flops() / 1e9}
     with torch.inference_mode():
         found["forward_seconds"] = median_seconds(predict)
     return found | {"parameters": sum(parameter.numel() for parameter in network.parameters())}
+
+
+# The kernels that the bulk of a training step's work is in, by the names that torch's profiler gives them.
+KINDS = {"convolution": ("mkldnn_convolution", "convolution_backward"), "attention": ("scaled_dot_product",)}
+
+
+def profile(size: int) -> dict[str, float]:
+    """Milliseconds of one of our training steps spent in convolutions, in attention, and in all else."""
+    step, _, _ = steps("sferd_lab", size)
+    for _ in range(WARM_UP):
+        step()
+    with torch.profiler.profile() as profiler:
+        for _ in range(TIMED):
+            step()
+    spent = {event.key: event.self_cpu_time_total / 1000 / TIMED for event in profiler.key_averages()}
+    found = {kind: sum(time for key, time in spent.items() if any(part in key for part in parts)) for kind, parts in KINDS.items()}
+    return found | {"all else": sum(spent.values()) - sum(found.values())}
 
 
 def convolution_peak() -> dict[str, float]:
@@ -103,10 +129,15 @@ def main() -> None:
                 about = {"size": size, "network": who, "repetition": repetition, "batch": BATCH}
                 rows.append(about | in_a_process(__file__, who, str(size)) | peak)
     print(describe(write(rows, "network_speed")))
+    shares = [
+        {"size": size, "kind": kind, "ms": ms} for size in SHAPES for kind, ms in in_a_process(__file__, "profile", str(size)).items()
+    ]
+    print(write(shares, "network_profile").pivot(index="size", columns="kind", values="ms").round(1))
 
 
 if __name__ == "__main__":
     if len(sys.argv) == 1:
         main()
     else:
-        print(json.dumps(convolution_peak() if sys.argv[1] == "peak" else measure(sys.argv[1], int(sys.argv[2]))))
+        who, *size = sys.argv[1:]
+        print(json.dumps(convolution_peak() if who == "peak" else profile(int(*size)) if who == "profile" else measure(who, int(*size))))
