@@ -2,11 +2,13 @@
 PYTHON ?= python3
 preset ?= digits
 seed ?= 1
-run_folder ?= runs/$(preset)-seed$(seed)
+# A file of parameters, as those under data/studies/: make experiment file=data/studies/fashion16/main.yaml seed=2
+file ?=
+run_folder ?= runs/$(or $(subst /,-,$(patsubst data/studies/%,%,$(basename $(file)))),$(preset))-seed$(seed)
 
 BIN := .venv/bin
 # name=value pairs on the command line are the notebook's parameters: make experiment seed=2 retrain=true
-parameters = $(foreach pair,$(filter-out PYTHON=% run_folder=%,$(MAKEOVERRIDES)),-p $(word 1,$(subst =, ,$(pair))) '$(word 2,$(subst =, ,$(pair)))')
+parameters = $(foreach pair,$(filter-out PYTHON=% run_folder=% file=%,$(MAKEOVERRIDES)),-p $(word 1,$(subst =, ,$(pair))) '$(word 2,$(subst =, ,$(pair)))')
 
 .PHONY: experiment test test-notebooks lint mutants benchmark shipped results clean
 
@@ -20,7 +22,7 @@ parameters = $(foreach pair,$(filter-out PYTHON=% run_folder=%,$(MAKEOVERRIDES))
 experiment: .venv/ready
 	@mkdir -p $(run_folder)
 	TQDM_MININTERVAL=10 $(BIN)/papermill --log-output --no-progress-bar notebooks/experiment.ipynb $(run_folder)/experiment.ipynb \
-		-p run_folder $(run_folder) $(parameters)
+		$(if $(file),-f $(file)) -p run_folder $(run_folder) $(parameters)
 	$(BIN)/jupyter nbconvert --log-level WARN --to html --no-input --TagRemovePreprocessor.enabled True \
 		--TagRemovePreprocessor.remove_all_outputs_tags progress $(run_folder)/experiment.ipynb
 	$(BIN)/python -m sferd_lab.report $(run_folder)

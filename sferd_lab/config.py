@@ -87,6 +87,7 @@ class Settings(BaseModel):
     sgp_distil_steps: Count = Field(description="training steps of each distillation stage of the conditional pair")
     sgp_lr: Positive = Field(1e-3, description="learning rate of encoder and predictor")
     sgp_joint: bool = Field(False, description="train the student together with encoder and predictor (walk and data targets)")
+    sgp_blind: bool = Field(False, description="control: the predictor is told zeros instead of a code")
     z_dim: Count = Field(description="size of the semantic code, at most 1/8 of the pixels")
     z_noise: Annotated[float, Field(ge=0, le=2)] = Field(0.1, description="standard deviation of noise on the code in training")
     prior: Literal["diffusion", "mixture"] = Field("mixture", description="latent diffusion, or scikit-learn's Gaussian mixture")
@@ -97,6 +98,9 @@ class Settings(BaseModel):
     n_samples: Annotated[int, Field(ge=2, le=10**6)] = Field(description="images behind every score")
     sampling_steps: Counts = Field((1, 2, 4), description="step counts of the students")
     teacher_sampling_steps: Counts = Field((1, 2, 4, 8, 64), description="step counts of the teacher; the last is the yardstick")
+    teacher_samplers: Annotated[tuple[Literal["ddim", "heun"], ...], Field(min_length=1)] = Field(
+        ("ddim",), description="samplers of the teacher; ddim is the yardstick's and always among them"
+    )
     sampling_batch: Count = Field(250, description="images sampled at once")
     neighbours: Count = Field(5, description="k of precision, recall, density and coverage")
 
@@ -127,6 +131,8 @@ class Settings(BaseModel):
                     raise SferdError(f"{name} = {getattr(self, name)}; allowed: step counts among {stages}, what pd_start_steps halves to")
                 if name == "sgp_sampling_steps" and self.cd_boundaries % steps:
                     raise SferdError(f"{name} = {getattr(self, name)}; allowed: divisors of cd_boundaries = {self.cd_boundaries}")
+        if "ddim" not in self.teacher_samplers:
+            raise SferdError(f"teacher_samplers = {self.teacher_samplers}; allowed: ddim, alone or with heun")
         if self.blur_kernel % 2 == 0:
             raise SferdError(f"blur_kernel = {self.blur_kernel}; allowed: odd numbers")
         if max(self.attention, default=0) >= len(self.widths):
@@ -159,16 +165,21 @@ PRESETS: dict[str, dict[str, Any]] = {
     | {
         "data": "fashion-mnist",
         "image_size": 16,
-        "widths": (24, 48),
-        "attention": (1,),
-        "teacher_steps": 10_000,
-        "pd_stage_steps": (1000, 2000, 2000),
+        "widths": (32, 32, 64),
+        "attention": (1, 2),
+        "teacher_steps": 40_000,
+        "teacher_ema_decay": 0.999,
+        "pd_start_steps": 16,
+        "pd_stage_steps": (1000, 1000, 2000, 2000),
         "cd_steps": 4000,
         "blur_kernel": 7,
         "blur_sigma": 1.5,
         "sgp_steps": 4000,
         "sgp_distil_steps": 2000,
+        "sgp_sampling_steps": (1, 2, 4),
+        "sgp_start_steps": 8,
         "z_dim": 32,
+        "prior_components": 50,
         "n_samples": 10_000,
     },
     "patches": _DIGITS
@@ -189,11 +200,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 TINY: dict[str, Any] = {
     "batch_size": 8,
     "teacher_steps": 4,
+    "pd_start_steps": 8,
     "pd_stage_steps": (2, 2, 2),
     "sampling_steps": (1, 2),
     "cd_boundaries": 4,
     "cd_steps": 2,
     "sgp_steps": 2,
+    "sgp_start_steps": 2,
+    "sgp_sampling_steps": (1,),
     "sgp_distil_steps": 2,
     "prior_steps": 2,
     "prior_sampling_steps": 2,

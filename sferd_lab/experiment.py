@@ -27,6 +27,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from sferd_lab.artifacts import Model, load_model, save_model, seeded, shipped_folder
@@ -38,10 +39,10 @@ from sferd_lab.distill import Batch, ConsistencyTarget, DataTarget, ProgressiveT
 from sferd_lab.errors import SferdError
 from sferd_lab.files import load_tensors, project_folder, read_json, replacing, save_tensors, write_json
 from sferd_lab.guidance import GuidedDenoiser, default_layer, gaussian_blur
-from sferd_lab.metrics import Scorer, known_bad, load_feature_network, save_feature_network, train_feature_network
+from sferd_lab.metrics import METRICS, Scorer, known_bad, load_feature_network, save_feature_network, train_feature_network
 from sferd_lab.sample import Prior, SampleNoise, Samples, sample
 from sferd_lab.semantic import DiffusionPrior, LatentDenoiser, MixturePrior, SemanticDenoiser
-from sferd_lab.train import MakeTarget, TrainSettings, train
+from sferd_lab.train import MakeTarget, TrainSettings, step_flops, train
 from sferd_lab.unet import UNet, UNetSettings, check_layers
 
 # Images of each scored set that are kept for figures.
@@ -185,7 +186,7 @@ class Run:
             **options,
         )
         checkpoint = self.folder / "checkpoints" / f"{name}.safetensors"
-        started = time.perf_counter()
+        flops, started = training.steps * step_flops(build(), make_target, data, training), time.perf_counter()
         with tqdm(total=training.steps, desc=name, disable=not self.progress, leave=True) as bar:
             for state in train(build(), make_target, data, training, checkpoint):
                 bar.update(state.step - bar.n)
@@ -193,7 +194,8 @@ class Run:
                     bar.set_postfix(loss=f"{state.losses[-20:].mean():.4f}")
         losses = pd.DataFrame({"stage": name, "step": range(1, training.steps + 1), "loss": state.losses.numpy()})
         self._append("training.csv", losses, {"stage": name})
-        self._append("stages.csv", pd.DataFrame([{"stage": name, "seconds": time.perf_counter() - started}]), {"stage": name})
+        cost = {"seconds": time.perf_counter() - started, "tflop": flops / 1e12}
+        self._append("stages.csv", pd.DataFrame([{"stage": name, **cost}]), {"stage": name})
         # The weights are what marks a stage as finished: written last, then the checkpoint is no longer needed.
         self._save(path, state.ema, {"stage": name, "training": asdict(training)})
         checkpoint.unlink()
@@ -318,7 +320,7 @@ class Run:
 
         def build() -> SemanticDenoiser:
             frozen = copy.deepcopy(base).requires_grad_(joint)
-            return seeded(lambda: SemanticDenoiser(frozen, settings.z_dim), stage_seed(settings.seed, "sgp"))
+            return seeded(lambda: SemanticDenoiser(frozen, settings.z_dim, blind=settings.sgp_blind), stage_seed(settings.seed, "sgp"))
 
         options = {
             "steps": settings.sgp_steps,
@@ -379,10 +381,21 @@ class Run:
             if split.labels is None:
                 raise SferdError(f"{self.data.name} has no labels to train a feature network on; allowed: data sets with labels")
             save_feature_network(path, train_feature_network(split.images, split.labels, self.data.classes), {"data": self.data.name})
+        return self._scorer(path, f"{self.data.name}-net")
+
+    @cached_property
+    def second_scorer(self) -> Scorer | None:
+        """FD and KID on a second feature network of this data set, where one is shipped: does another judge agree?"""
+        path = shipped_folder() / self.data.name / "second-features.safetensors"
+        return self._scorer(path, f"{self.data.name}-net-2", ("fd", "kid")) if path.exists() else None
+
+    def _scorer(self, path: Path, name: str, metrics: tuple[str, ...] = METRICS) -> Scorer:
         network, digest = load_feature_network(path)
-        return Scorer(
-            network, digest, f"{self.data.name}-net", self.data.reference.images, self.data.train.images, k=self.settings.neighbours
-        )
+        images, k = (self.data.reference.images, self.data.train.images), self.settings.neighbours
+        known = shipped_folder() / self.data.name / "floors.json"
+        floors = read_json(known) if known.exists() else {}
+        floors = {entry["n"]: entry["floors"] for entry in floors.get(digest, []) if entry["k"] == k}
+        return Scorer(network, digest, name, *images, k=k, metrics=metrics, known_floors=floors)
 
     def draw(self, row: Row, denoiser: Denoiser, n: int | None = None, prior: Prior | None = None, **condition: Tensor) -> Samples:
         """``n`` samples for a row: the same noise, image by image, for every row of this run."""
@@ -432,7 +445,6 @@ class Run:
 
     def _flops(self, row: Row, denoiser: Denoiser, prior: Prior | None, condition: dict[str, Tensor]) -> float:
         """FLOPs an image. Every sampler costs a fixed amount for the first step and another for each further one."""
-        from torch.utils.flop_counter import FlopCounterMode
 
         def count(steps: int) -> float:
             with FlopCounterMode(display=False) as counter:
@@ -485,7 +497,10 @@ class Run:
 
     def _record(self, row: Row, images: Tensor, extra: dict[str, float]) -> pd.DataFrame:
         save_tensors(self.folder / "samples" / f"{row.key}.safetensors", {"images": images[:KEPT]}, {"row": asdict(row)})
-        return self._append_rows(row, extra, [asdict(score) for score in self.scorer.scores(images)])
+        scores = [asdict(score) for score in self.scorer.scores(images)]
+        if self.second_scorer:
+            scores += [asdict(score) | {"metric": f"{score.metric}_second"} for score in self.second_scorer.scores(images)]
+        return self._append_rows(row, extra, scores)
 
     def _append_rows(self, row: Row, extra: dict[str, float], scores: list[dict[str, Any]] | None = None) -> pd.DataFrame:
         numbers = (scores or []) + [{"metric": name, "value": value, "n": self.settings.n_samples} for name, value in extra.items()]
@@ -512,7 +527,7 @@ class Run:
     def evaluate_teacher(self) -> Iterator[Row]:
         """Score the teacher at its step counts, and guided at the last; yields each row when done."""
         teacher, counts = self.teacher(), self.settings.teacher_sampling_steps
-        rows = [Row("teacher", sampler="ddim", steps=steps) for steps in counts]
+        rows = [Row("teacher", sampler=sampler, steps=steps) for sampler in self.settings.teacher_samplers for steps in counts]
         rows += [Row("teacher", guided, sampler="ddim", steps=counts[-1]) for guided in self.settings.guided if guided]
         for row in rows:
             self.evaluate(row, self.guide(teacher, row.guidance))

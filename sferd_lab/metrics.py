@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -343,7 +343,8 @@ class Scorer:
     """Scores generated images against ``reference``, real images (R, C, H, W) in [-1, 1] that neither model nor network trained on.
 
     ``train`` (T, C, H, W) are the images that the scored model trained on; ``network``, ``sha256`` and ``name`` come from a feature
-    network's file. Raises SferdError for images out of range, R <= the network's dim, R <= k or fewer than 2 floor splits.
+    network's file; ``metrics`` are those to take, of ``METRICS``. ``known_floors`` are floors computed before, by n. Raises SferdError
+    for images out of range, an unknown metric, R <= the network's dim, R <= k or fewer than 2 floor splits.
     """
 
     def __init__(
@@ -356,7 +357,13 @@ class Scorer:
         k: int = 5,
         floor_splits: int = 20,
         seed: int = 0,
+        *,
+        metrics: Sequence[str] = METRICS,
+        known_floors: Mapping[int, Mapping[str, Sequence[float]]] | None = None,
     ) -> None:
+        if unknown := [name for name in metrics if name not in METRICS]:
+            raise SferdError(f"metric '{unknown[0]}'; allowed: {', '.join(METRICS)}")
+        self.metrics = tuple(name for name in METRICS if name in metrics)
         if floor_splits < 2:
             raise SferdError(f"floor_splits = {floor_splits}; allowed: 2 or more, for a spread")
         self.name, self.sha256, self.k, self.floor_splits, self.seed = name, sha256, k, floor_splits, seed
@@ -368,15 +375,21 @@ class Scorer:
         least = max(k, self.reference.shape[1])
         if len(self.reference) <= least:
             raise SferdError(f"{len(self.reference)} reference images; allowed: more than {least}, the larger of k and the network's dim")
-        self._floors: dict[int, dict[str, tuple[float, float]]] = {}
+        self._floors = {n: {name: tuple(floor[name]) for name in self.metrics} for n, floor in (known_floors or {}).items()}
 
     def _values(
         self, fake: np.ndarray, reference: np.ndarray, train: np.ndarray, held_out: np.ndarray
     ) -> dict[str, tuple[float, float | None]]:
-        values: dict[str, tuple[float, float | None]] = {"fd": (frechet_distance(fake, reference), None), "kid": kid(fake, reference)}
-        for name, value in precision_recall_density_coverage(reference, fake, self.k).items():
-            values[name] = (value, None)
-        values["memorisation_ratio"] = memorisation_ratio(fake, train, held_out, seed=self.seed)
+        wanted, values = set(self.metrics), {}
+        if "fd" in wanted:
+            values["fd"] = (frechet_distance(fake, reference), None)
+        if "kid" in wanted:
+            values["kid"] = kid(fake, reference)
+        if wanted & {"precision", "recall", "density", "coverage"}:
+            four = precision_recall_density_coverage(reference, fake, self.k)
+            values |= {name: (value, None) for name, value in four.items() if name in wanted}
+        if "memorisation_ratio" in wanted:
+            values["memorisation_ratio"] = memorisation_ratio(fake, train, held_out, seed=self.seed)
         return values
 
     def floors(self, n: int) -> dict[str, tuple[float, float]]:
@@ -385,7 +398,7 @@ class Scorer:
         A split shuffles training and reference images together: ``n`` fakes, then R reference images. For the memorisation ratio
         what is left after the fakes is parted as T : R into a training set and held-out images, so its three sets are disjoint as well,
         if smaller than the real ones: its spread is, if anything, too wide. Splits share images, so the spread is that of choosing among
-        these images. A floor at a smaller n would not be this score's floor, so n > T is an error. Computed once for each n.
+        these images. A floor at a smaller n would not be this score's floor, so n > T is an error. Computed once for each n, unless known.
         """
         sizes = {"train": len(self.train), "reference": len(self.reference)}
         if n > sizes["train"]:
@@ -403,12 +416,12 @@ class Scorer:
                 # Rounded up: T : R must not grow, nor with it the number of blocks.
                 cut = max(2, math.ceil(len(rest) * sizes["reference"] / len(pool)))
                 splits.append(self._values(order[:n], rest[: sizes["reference"]], rest[cut:], rest[:cut]))
-            table = {name: np.array([split[name][0] for split in splits]) for name in METRICS}
+            table = {name: np.array([split[name][0] for split in splits]) for name in self.metrics}
             self._floors[n] = {name: (float(column.mean()), float(column.std(ddof=1))) for name, column in table.items()}
         return self._floors[n]
 
     def scores(self, fake: Tensor) -> list[Score]:
-        """One ``Score`` for each of ``METRICS``, in that order, of generated images (N, C, H, W), clamped to [-1, 1].
+        """One ``Score`` for each of ``metrics``, in the order of ``METRICS``, of generated images (N, C, H, W), clamped to [-1, 1].
 
         Raises SferdError for images of another shape than the reference's or not finite, and unless max(dim, k) < N <= T.
         """
@@ -417,7 +430,7 @@ class Scorer:
             raise SferdError(f"generated images have shape {tuple(fake.shape[1:])}; allowed: the reference's {self.shape}")
         floors = self.floors(len(fake))
         values = self._values(extract(self.network, fake), self.reference, self.train, self.reference)
-        return [Score(metric, *values[metric], len(fake), *floors[metric], self.name, self.sha256) for metric in METRICS]
+        return [Score(metric, *values[metric], len(fake), *floors[metric], self.name, self.sha256) for metric in self.metrics]
 
 
 def known_bad(train: Tensor, labels: Tensor, n: int, seed: int = 0) -> dict[str, tuple[Tensor, str]]:

@@ -119,6 +119,48 @@ def metric_versus_steps(table: pd.DataFrame, metric: str, label: str) -> Figure:
     return figure
 
 
+def forest(ratios: pd.DataFrame, title: str = "") -> Figure:
+    """Ratios with their intervals, a line each, against 1. ``ratios`` are lines of ``report.ratios``."""
+    figure, axes = plt.subplots(figsize=(6.5, 0.32 * len(ratios) + 1), layout="constrained")
+    for place, line in enumerate(ratios.iloc[::-1].itertuples()):
+        colour = PALETTE[["pd", "cd"].index(line.method)]
+        axes.plot([line.low, line.high], [place, place], color=colour, lw=2)
+        axes.plot(line.ratio, place, "o", color=colour)
+    names = [f"{line.method} {line.variant}, {line.steps} step{'s' * (line.steps > 1)}" for line in ratios.iloc[::-1].itertuples()]
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.axvline(1, color="gray", lw=0.8)
+    axes.set_xscale("log")
+    axes.set_xlabel("ratio to the plain student, left of 1 is better")
+    axes.set_title(title, fontsize=10)
+    return figure
+
+
+def metric_versus_cost(table: pd.DataFrame, metric: str, label: str) -> Figure:
+    """A metric against the FLOPs of sampling an image, everything counted, mean over seeds: a line for each kind of sample.
+
+    ``table`` is one or more runs' ``metrics.csv``, codes from the prior.
+    """
+    rows = table[(table["steps"] > 0) & table["z"].isin(("", "prior")) & (table["sampler"] != "heun")]
+    key = ["method", "guidance", "sgp", "steps"]
+    wide = rows[rows["metric"].isin((metric, "sampling_mflops_per_image"))].pivot_table(
+        index=key, columns="metric", values="value", sort=False
+    )
+    figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    methods = list(dict.fromkeys(wide.index.get_level_values("method")))
+    for (method, guided, sgp), line in wide.groupby(level=["method", "guidance", "sgp"], sort=False):
+        line = line.sort_values("sampling_mflops_per_image")
+        name = method + " + guidance" * guided + " + SGP" * bool(sgp)
+        style = {"color": PALETTE[methods.index(method)], "ms": 11 if sgp else 6, "mfc": "none" if guided else None}
+        marker = ("*" if sgp else "o") + ("--" if guided else "-")
+        axes.plot(line["sampling_mflops_per_image"], line[metric], marker, label=name, **style)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("MFLOP an image")
+    axes.set_ylabel(label)
+    axes.legend(fontsize=8, ncols=2)
+    return figure
+
+
 def term_bars(table: pd.DataFrame, by: str, title: str = "") -> Figure:
     """What an error is made of: one stacked bar for each value of the column ``by``, each term with its interval, dots at the totals.
 

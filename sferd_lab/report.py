@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from sferd_lab.experiment import Row, Run, read_table
+from sferd_lab.errors import SferdError
+from sferd_lab.experiment import Row, Run, read_table, stage_name
 from sferd_lab.metrics import known_bad
 
 # The columns of ``summary``, where a run has them.
@@ -67,25 +69,76 @@ def known_bad_verdicts(run: Run) -> pd.DataFrame:
     return verdicts
 
 
-def ratios(table: pd.DataFrame, metric: str = "fd", level: float = 0.95) -> pd.DataFrame:
-    """Ratios of ``metric`` to the plain student of the same method, step count and seed, over the seeds in ``table``.
-
-    The geometric mean with a t interval on the log ratio (``low``, ``high``; undefined for one seed), and the plain student's own mean.
-    Within a seed all rows share their sampling noise, so the ratio is paired.
-    """
+def over_seeds(values: pd.Series, level: float = 0.95) -> tuple[float, float, float]:
+    """The mean of one value a seed, and the ends of its t interval, which are undefined for one seed."""
     from scipy import stats
 
-    parts = [effects(part, metric).assign(seed=seed).set_index("seed", append=True) for seed, part in table.groupby("seed")]
-    wide = pd.concat(parts)
+    half = stats.t.ppf(0.5 + level / 2, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
+    return values.mean(), values.mean() - half, values.mean() + half
+
+
+def ratios(table: pd.DataFrame, metric: str = "fd", level: float = 0.95) -> pd.DataFrame:
+    """What guidance and SGP change, over the seeds in ``table``, each with a t interval: paired, for a seed's rows share their noise.
+
+    ``ratio``: the geometric mean of ``metric`` over the plain student's of the same method, step count and seed (``low``, ``high``).
+    ``closed``: the share of the way from the plain student to the many-step teacher, (plain - variant) / (plain - teacher).
+    """
+    parts = []
+    for seed, part in table.groupby("seed"):
+        teacher = part[(part["method"] == "teacher") & (part["metric"] == metric) & (part["sampler"] == "ddim") & ~part["guidance"]]
+        teacher = teacher[teacher["sgp"] == ""].sort_values("steps")["value"]
+        best = teacher.iloc[-1] if len(teacher) else np.nan
+        parts.append(effects(part, metric).assign(seed=seed, teacher=best).set_index("seed", append=True))
     lines = []
-    for (method, steps), group in wide.groupby(level=["method", "steps"], sort=False):
-        for variant in (column for column in group if column.endswith(" / plain")):
-            logs = np.log(group[variant].dropna())
-            if len(logs):
-                half = stats.t.ppf(0.5 + level / 2, len(logs) - 1) * logs.std(ddof=1) / len(logs) ** 0.5 if len(logs) > 1 else np.nan
-                low, middle, high = np.exp([logs.mean() - half, logs.mean(), logs.mean() + half])
-                lines.append((method, steps, variant.removesuffix(" / plain"), group["plain"].mean(), middle, low, high, len(logs)))
-    return pd.DataFrame(lines, columns=["method", "steps", "variant", f"plain {metric}", "ratio", "low", "high", "seeds"])
+    for (method, steps), group in pd.concat(parts).groupby(level=["method", "steps"], sort=False):
+        for variant in (column.removesuffix(" / plain") for column in group if column.endswith(" / plain")):
+            both = group.dropna(subset=variant)
+            if len(both):
+                logs = np.log(both[variant] / both["plain"])
+                closed = (both["plain"] - both[variant]) / (both["plain"] - both["teacher"])
+                values = [both["plain"].mean(), *np.exp(over_seeds(logs, level)), *over_seeds(closed, level), len(both)]
+                lines.append([method, steps, variant, *values])
+    columns = [f"plain {metric}", "ratio", "low", "high", "closed", "closed_low", "closed_high", "seeds"]
+    return pd.DataFrame(lines, columns=["method", "steps", "variant", *columns])
+
+
+def verdict(table: pd.DataFrame, method: str, variant: str, steps: int = 1, metric: str = "fd") -> str:
+    """What the interval of ``ratios`` says of a variant against its plain student: "better", "worse" or "undecided"; lower is better.
+
+    Raises SferdError for a variant that the table has no two seeds of.
+    """
+    found = ratios(table, metric)
+    row = found[(found["method"] == method) & (found["variant"] == variant) & (found["steps"] == steps) & (found["seeds"] > 1)]
+    if row.empty:
+        has = sorted({f"{line.method} {line.variant} {line.steps}" for line in found[found["seeds"] > 1].itertuples()})
+        raise SferdError(f"no two seeds of '{method} {variant} {steps}'; allowed: {', '.join(has) or 'none'}")
+    return "better" if row["high"].iloc[0] < 1 else "worse" if row["low"].iloc[0] > 1 else "undecided"
+
+
+def headline(table: pd.DataFrame, metric: str = "fd") -> pd.DataFrame:
+    """``metric`` by kind of sample and step count: mean and standard deviation over the seeds in ``table``, as text."""
+    rows = table[(table["metric"] == metric) & (table["steps"] > 0)]
+    names = rows[list(Row.__dataclass_fields__)].apply(lambda row: Row(*row).label.split(", ")[0], axis=1)
+    names += rows["sampler"].map(lambda sampler: ", Heun" if sampler == "heun" else "")
+    grouped = rows.assign(samples=names).groupby(["samples", "steps"], sort=False)["value"]
+    text = grouped.mean().map("{:.3g}".format) + grouped.std(ddof=1).map(lambda sd: "" if np.isnan(sd) else f" ± {sd:.2g}")
+    wide = text.unstack("steps").fillna("")
+    return wide.loc[list(dict.fromkeys(names)), sorted(wide.columns)]
+
+
+def training_tflop(stages: pd.DataFrame, row: Row) -> float:
+    """What training the student of ``row`` took beyond its teacher, every stage on its way counted, of one run's ``stages.csv``."""
+    cost = stages.set_index("stage")["tflop"]
+    plain, conditional = stage_name(row.method, row.guidance), row.sgp == "conditional"
+    name = plain + "-sgp" * conditional
+    wanted = []
+    for stage in cost.index if row.method != "teacher" else []:
+        halving = re.fullmatch(rf"{re.escape(name)}-(\d+)", stage)
+        if stage == name or (halving and int(halving[1]) >= row.steps):
+            wanted.append(stage)
+    if row.sgp:
+        wanted.append("teacher-sgp" if conditional else f"{plain}-{row.steps}-sgp")
+    return float(cost[wanted].sum())
 
 
 def main(folders: list[str]) -> None:

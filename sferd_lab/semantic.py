@@ -79,14 +79,15 @@ class GradientPredictor(nn.Module):
 class SemanticDenoiser(Denoiser):
     """A network denoiser corrected by G. Conditions: a code ``z`` (B, z_dim), or an ``image`` to encode, with ``z_noise`` added if given.
 
-    Base and predictor share one pass of the base's encoder.
+    Base and predictor share one pass of the base's encoder. ``blind`` is a control: whatever the code, G is told zeros, so that what it
+    gains is its capacity's and its training's.
     """
 
-    def __init__(self, base: NetworkDenoiser, z_dim: int, encoder_width: int = 32) -> None:
+    def __init__(self, base: NetworkDenoiser, z_dim: int, encoder_width: int = 32, blind: bool = False) -> None:
         super().__init__("gradient")
         if z_dim < 1:
             raise SferdError(f"z_dim = {z_dim}; allowed: 1 or more")
-        self.base = base
+        self.base, self.blind = base, blind
         self.gradient = GradientPredictor(base.network.shape, z_dim)
         self.encoder = Encoder(base.network.shape.channels, z_dim, encoder_width)
         self.phi_lo, self.phi_hi = base.phi_lo, base.phi_hi
@@ -109,7 +110,7 @@ class SemanticDenoiser(Denoiser):
             z = z if z_noise is None else z + z_noise
         if z.ndim != 2 or z.shape[1] != self.encoder.z_dim:
             raise SferdError(f"z has shape {tuple(z.shape)}; allowed: (B, {self.encoder.z_dim})")
-        return z
+        return torch.zeros_like(z) if self.blind else z
 
     def predict(
         self,
@@ -222,4 +223,4 @@ class MixturePrior(nn.Module):
 
 def semantic_info(model: SemanticDenoiser) -> dict[str, Any]:
     """What rebuilds E and G beside their base network."""
-    return {"z_dim": model.encoder.z_dim, "encoder_width": model.encoder.settings["width"]}
+    return {"z_dim": model.encoder.z_dim, "encoder_width": model.encoder.settings["width"], "blind": model.blind}

@@ -204,6 +204,18 @@ def train(
         yield TrainState(step, losses[:step], lr, model, ema.module)
 
 
+def step_flops(model: Denoiser, make_target: MakeTarget, data: Split, settings: TrainSettings) -> int:
+    """FLOPs of one training step, target included, counted on a step that ``model`` takes: give it a copy.
+
+    Not on a step of the training itself: under the counter other kernels run, and the weights would differ by rounding.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        next(train(model, make_target, data, settings))
+    return counter.get_total_flops()
+
+
 def save_checkpoint(
     path: Path,
     parts: dict[str, nn.Module],

@@ -31,9 +31,9 @@ from sferd_lab.denoiser import Denoiser
 from sferd_lab.distill import Batch, ConsistencyTarget, DataTarget, ProgressiveTarget
 from sferd_lab.errors import SferdError
 from sferd_lab.experiment import Row, Run, as_student, on_codes, read_table, stage_name, stage_seed
-from sferd_lab.files import load_tensors, read_json
+from sferd_lab.files import load_tensors, read_json, sha256
 from sferd_lab.guidance import GuidedDenoiser
-from sferd_lab.metrics import Scorer
+from sferd_lab.metrics import METRICS, Scorer
 from sferd_lab.report import summary
 from sferd_lab.sample import sample
 from sferd_lab.train import TrainSettings, TrainState
@@ -128,6 +128,9 @@ def test_the_conditional_variant_has_these_stages_and_keeps_their_weights_losses
     times = pd.read_csv(tmp_path / "stages.csv")
     assert times["stage"].tolist() == list(fake)
     assert (times["seconds"] >= 0).all()
+    tflop = times.set_index("stage")["tflop"]
+    of_a_step = tflop / [fake[stage].settings.steps for stage in tflop.index]
+    assert 0 < of_a_step["teacher"] < of_a_step["pd-4"] < of_a_step["pd-guided-4"]
 
 
 def test_weights_say_what_made_them(fake: dict[str, Asked], tmp_path: Path) -> None:
@@ -631,7 +634,7 @@ def test_scores_are_those_of_the_sampled_images(scored: Run) -> None:
     for score in scored.scorer.scores(images):
         assert found[score.metric] == pytest.approx(score.value, rel=1e-4, abs=1e-6)
     table = scored.table()
-    scores = table[table["floor"].notna()]
+    scores = table[table["metric"].isin(METRICS)]
     assert set(scores["n"]) == {80}
     assert set(scores["features"]) == {"digits-net"}
     assert set(scores["features_sha256"]) == {scored.scorer.sha256}
@@ -742,3 +745,40 @@ def test_empty_text_is_read_as_text(tmp_path: Path) -> None:
     table = read_table(tmp_path / "metrics.csv")
     assert table.loc[0, ["sgp", "z", "sampler"]].tolist() == ["", "", ""]
     assert table["floor"].isna().all()
+
+
+def test_the_teacher_is_scored_by_every_sampler_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, scored = start(tmp_path, teacher_samplers=("ddim", "heun"), guided=(False, True)), []
+    monkeypatch.setattr(run, "evaluate", lambda row, *_: scored.append(row))
+    assert list(run.evaluate_teacher()) == scored
+    assert scored == [
+        *(Row("teacher", sampler=sampler, steps=steps) for sampler in ("ddim", "heun") for steps in (1, 2, 4)),
+        Row("teacher", True, sampler="ddim", steps=4),
+    ]
+
+
+def test_a_second_network_gives_its_own_fd_and_kid_where_one_is_shipped(tmp_path: Path) -> None:
+    run = start(tmp_path)
+    row = Row("teacher", sampler="ddim", steps=1)
+    scores = run.evaluate(row, run.teacher())
+    scores = scores.dropna(subset="floor").set_index("metric")
+    assert list(scores.index) == [*METRICS, "fd_second", "kid_second"]
+    assert scores.loc["fd_second", "features"] == "digits-net-2"
+    assert scores.loc["fd_second", "features_sha256"] == sha256(shipped_folder() / "digits" / "second-features.safetensors")
+    assert scores.loc["fd_second", "value"] != scores.loc["fd", "value"]
+
+
+def test_shipped_floors_are_what_the_scorers_would_compute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SFERD_LAB_TINY", "0")
+    run = start(tmp_path)
+    for known in (run.scorer, run.second_scorer):
+        fresh = Scorer(known.network, known.sha256, known.name, run.data.reference.images, run.data.train.images, metrics=known.metrics)
+        assert known._floors.keys() == {500}
+        for metric, floor in fresh.floors(500).items():
+            assert known.floors(500)[metric] == pytest.approx(floor, rel=1e-4, abs=1e-6)
+
+
+def test_floors_of_another_k_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SFERD_LAB_TINY", "0")
+    assert start(tmp_path / "shipped").scorer._floors.keys() == {500}
+    assert not start(tmp_path / "other", neighbours=3).scorer._floors

@@ -474,3 +474,14 @@ def test_inception_fid_hands_over_eight_bit_colour_images(monkeypatch):
     stub.calculate_metrics = unreachable
     with pytest.raises(SferdError, match=r"weights.*no route to host"):
         inception_fid(ramp, ramp)
+
+
+def test_a_scorer_takes_what_it_is_asked_and_floors_it_is_told(digits, network):
+    known = {100: {"fd": [0.25, 0.05], "kid": [0.0, 0.001], "precision": [0.9, 0.01]}}
+    scorer = Scorer(network, "", "net", digits[2][0], digits[1][0], metrics=("kid", "fd"), known_floors=known)
+    found = scorer.scores(digits[1][0][:100])
+    assert [(score.metric, score.floor, score.floor_sd) for score in found] == [("fd", 0.25, 0.05), ("kid", 0.0, 0.001)]
+    whole = Scorer(network, "", "net", digits[2][0], digits[1][0], floor_splits=2).scores(digits[1][0][:100])
+    assert [score.value for score in found] == [score.value for score in whole if score.metric in ("fd", "kid")]
+    with pytest.raises(SferdError, match="metric 'fid'; allowed: fd, kid"):
+        Scorer(network, "", "net", digits[2][0], digits[1][0], metrics=("fid",))

@@ -16,8 +16,21 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from sferd_lab.artifacts import shipped_folder
 from sferd_lab.errors import SferdError
-from sferd_lab.plots import metric_versus_steps, same_noise_rows, sample_grids, show_grid, tile, training_curves, trajectory
+from sferd_lab.experiment import read_table
+from sferd_lab.plots import (
+    forest,
+    metric_versus_cost,
+    metric_versus_steps,
+    same_noise_rows,
+    sample_grids,
+    show_grid,
+    tile,
+    training_curves,
+    trajectory,
+)
+from sferd_lab.report import ratios
 
 
 @pytest.fixture(autouse=True)
@@ -191,3 +204,25 @@ def test_a_metric_without_a_floor_is_refused_with_those_that_have_one(metric: st
     table = pd.concat([scores(), scores().head(1).assign(metric="teacher_mse", floor=None)])
     with pytest.raises(SferdError, match=f"metric = '{metric}'; allowed: fd, recall$"):
         metric_versus_steps(table, metric, "")
+
+
+# ---- the evidence
+
+
+def test_a_forest_has_a_line_for_every_ratio_at_its_place() -> None:
+    found = ratios(read_table(shipped_folder() / "results" / "digits" / "metrics.csv"))
+    axes = forest(found).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()][-1] == "pd +guidance, 1 step"
+    lines = [line for line in axes.lines if len(line.get_xdata()) == 2 and line.get_linewidth() == 2]
+    np.testing.assert_allclose([line.get_xdata() for line in lines], found[["low", "high"]].to_numpy()[::-1])
+
+
+def test_a_metric_stands_at_what_its_sampling_costs() -> None:
+    table = read_table(shipped_folder() / "results" / "digits" / "metrics.csv")
+    axes = metric_versus_cost(table, "fd", "FD").axes[0]
+    lines = {line.get_label(): line for line in axes.lines}
+    assert {"teacher", "pd", "pd + guidance", "cd + guidance + SGP"} <= set(lines)
+    plain = table[(table["method"] == "pd") & ~table["guidance"] & (table["sgp"] == "")]
+    for steps, x, y in zip((1, 2, 4), *lines["pd"].get_data(), strict=True):
+        part = plain[plain["steps"] == steps].groupby("metric")["value"].mean()
+        assert (x, y) == pytest.approx((part["sampling_mflops_per_image"], part["fd"]))

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 from sferd_lab import experiment, make_settings, metrics
+from sferd_lab.artifacts import shipped_folder
 from sferd_lab.config import Settings
-from sferd_lab.experiment import Row, Run
-from sferd_lab.report import effects, known_bad_verdicts, ratios, summary
+from sferd_lab.errors import SferdError
+from sferd_lab.experiment import Row, Run, read_table
+from sferd_lab.report import effects, headline, known_bad_verdicts, ratios, summary, training_tflop, verdict
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -92,6 +96,78 @@ def test_ratios_are_geometric_means_with_a_t_interval(finished: Run) -> None:
     assert result["high"] / result["ratio"] == pytest.approx(
         2.0**12.706, rel=1e-3
     )  # t(0.975, 1) = 12.706; half the logs' distance is log 2
+
+
+def test_the_gap_closed_is_a_share_of_the_way_to_the_many_step_teacher() -> None:
+    def lines(seed: int, teacher: float, plain: float, sgp: float) -> list[dict[str, Any]]:
+        rows = {Row("teacher", sampler="ddim", steps=64): teacher, Row("teacher", sampler="ddim", steps=1): 90.0}
+        rows |= {Row("teacher", True, sampler="ddim", steps=64): 0.5, Row("teacher", sampler="heun", steps=64): 0.6}
+        rows |= {Row("pd", sampler="ddim", steps=1): plain, Row("pd", sgp="conditional", z="prior", sampler="ddim", steps=1): sgp}
+        rows |= {Row("pd", sgp="conditional", z="encoder", sampler="ddim", steps=1): 0.1}
+        return [{**asdict(row), "seed": seed, "metric": "fd", "value": value} for row, value in rows.items()]
+
+    one, two = lines(1, 1.0, 3.0, 2.0), lines(2, 1.0, 5.0, 2.0)
+    found = ratios(pd.DataFrame(one + two)).set_index(["method", "steps", "variant"]).loc[("pd", 1, "+sgp")]
+    assert found["closed"] == pytest.approx((0.5 + 0.75) / 2)
+    assert found["closed_high"] - found["closed"] == pytest.approx(12.706 * 0.125, rel=1e-3)
+    alone = ratios(pd.DataFrame(one)).iloc[0]
+    assert (alone["closed"], alone["seeds"]) == (0.5, 1)
+    assert np.isnan([alone["closed_low"], alone["low"]]).all()
+
+
+@pytest.fixture(scope="module")
+def digits() -> pd.DataFrame:
+    return read_table(shipped_folder() / "results" / "digits" / "metrics.csv")
+
+
+def test_a_verdict_falls_when_a_row_is_replaced_by_its_control(digits: pd.DataFrame) -> None:
+    assert verdict(digits, "pd", "+sgp") == "better"
+    # The same student with one code for all images takes the place of the one with codes from the prior.
+    pair = (digits["method"] == "pd") & (digits["sgp"] != "") & ~digits["guidance"]
+    control = digits.assign(z=digits["z"].mask(pair, digits["z"].map({"prior": "kept", "mean": "prior"})))
+    assert verdict(control, "pd", "+sgp") == "worse"
+    assert verdict(digits, "cd", "+sgp") == "undecided"
+    with pytest.raises(SferdError, match=r"no two seeds of 'pd \+sgp 1'; allowed: none"):
+        verdict(digits[digits["seed"] == 1], "pd", "+sgp")
+
+
+def test_a_verdict_needs_an_interval_that_excludes_one(digits: pd.DataFrame) -> None:
+    found = ratios(digits).set_index(["method", "steps", "variant"])
+    assert found.loc[("pd", 1, "+guidance"), "ratio"] < 1 < found.loc[("pd", 1, "+guidance"), "high"]
+    assert verdict(digits, "pd", "+guidance") == "undecided"
+
+
+def test_the_headline_has_means_and_spreads_over_seeds(digits: pd.DataFrame) -> None:
+    table = headline(digits)
+    values = digits[(digits["metric"] == "fd") & (digits["method"] == "pd") & (digits["steps"] == 2) & ~digits["guidance"]]["value"]
+    assert len(values) == 3
+    assert table.loc["pd", 2] == f"{values.mean():.3g} ± {values.std():.2g}"
+    assert list(table.columns) == [1, 2, 4, 8, 64]
+    assert "±" not in "".join(headline(digits[digits["seed"] == 1]).to_numpy().ravel())
+    heun = digits.assign(sampler=digits["sampler"].where(digits["method"] != "teacher", "heun"))
+    assert "teacher, Heun" in headline(pd.concat([digits, heun])).index
+
+
+def test_training_costs_are_those_of_every_stage_on_the_way() -> None:
+    names = ["teacher", "pd-4", "pd-2", "pd-1", "pd-guided-4", "pd-guided-1", "cd", "cd-guided", "teacher-sgp", "pd-sgp-2", "pd-sgp-1"]
+    names += ["cd-sgp", "cd-guided-1-sgp"]
+    stages = pd.DataFrame({"stage": names, "tflop": [2.0**power for power in range(len(names))]})
+
+    def cost(*wanted: str) -> float:
+        return sum(2.0 ** names.index(name) for name in wanted)
+
+    for row, wanted in {
+        Row("teacher", steps=64): (),
+        Row("teacher", sgp="conditional", z="prior", steps=1): ("teacher-sgp",),
+        Row("pd", steps=1): ("pd-4", "pd-2", "pd-1"),
+        Row("pd", steps=2): ("pd-4", "pd-2"),
+        Row("pd", True, steps=1): ("pd-guided-4", "pd-guided-1"),
+        Row("pd", sgp="conditional", z="prior", steps=1): ("teacher-sgp", "pd-sgp-2", "pd-sgp-1"),
+        Row("cd", steps=2): ("cd",),
+        Row("cd", sgp="conditional", z="prior", steps=1): ("teacher-sgp", "cd-sgp"),
+        Row("cd", True, sgp="walk", z="prior", steps=1): ("cd-guided", "cd-guided-1-sgp"),
+    }.items():
+        assert training_tflop(stages, row) == cost(*wanted), row
 
 
 def test_a_finished_run_is_read_and_nothing_is_done_again(finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,18 @@ def lively(**settings):
     return model.requires_grad_(False)
 
 
+def test_a_blind_predictor_is_told_zeros_whatever_the_code():
+    model = lively()
+    blind = SemanticDenoiser(model.base, Z_DIM, encoder_width=8, blind=True).double().eval()
+    blind.load_state_dict(model.state_dict())
+    x, image = normal(2, 1, 4, 4), normal(2, 1, 4, 4, seed=3)
+    zeros = model(x, 0.8, z=torch.zeros(2, Z_DIM, dtype=torch.float64)).v
+    for told in ({"z": normal(2, Z_DIM)}, {"image": image}, {"image": image, "z_noise": normal(2, Z_DIM, seed=4)}):
+        assert torch.equal(blind(x, 0.8, **told).v, zeros)
+        assert not torch.equal(model(x, 0.8, **told).v, zeros)
+    assert semantic_info(blind)["blind"] is True
+
+
 # ---- the corrected student
 
 

@@ -1,4 +1,5 @@
 import ast
+import copy
 import itertools
 import math
 import platform
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import sferd_lab
 from sferd_lab.data import Split
@@ -19,7 +21,7 @@ from sferd_lab.distill import ConsistencyTarget, DataTarget, ProgressiveTarget, 
 from sferd_lab.errors import SferdError
 from sferd_lab.files import load_tensors, save_tensors
 from sferd_lab.semantic import LatentDenoiser, SemanticDenoiser
-from sferd_lab.train import TrainSettings, draw_batch, load_part, train
+from sferd_lab.train import TrainSettings, draw_batch, load_part, step_flops, train
 from sferd_lab.unet import UNet, UNetSettings
 
 
@@ -615,3 +617,26 @@ def test_kept_memory_is_used_again_instead_of_being_asked_for_page_by_page():
     pages = 5 * 2**26 // 4096  # of five copies of 64 MiB
     assert faults["keep"] < 0.01 * pages
     assert faults["default"] > 10 * faults["keep"]
+
+
+def test_a_steps_flops_are_those_of_its_passes():
+    model, teacher = unet(), unet(seed=1).requires_grad_(False)
+    data, x, phi = Split(IMAGES.images, None), normal(8, 1, 4, 4), torch.rand(8)
+
+    def count(call):
+        with FlopCounterMode(display=False) as counter:
+            call()
+        return counter.get_total_flops()
+
+    forward = count(lambda: teacher(x, phi))
+    learning = count(lambda: unet()(x, phi).v.square().mean().backward())
+    assert step_flops(copy.deepcopy(model), denoise, data, options()) == learning
+    # Two sub-steps of the teacher for each step of a progressive student.
+    assert step_flops(copy.deepcopy(model), ProgressiveTarget(teacher, 4), data, options()) == learning + 2 * forward
+
+
+def test_counting_flops_leaves_the_training_as_it_was():
+    data = Split(IMAGES.images, None)
+    plain = run(unet(), denoise, data, options())
+    step_flops(unet(), denoise, data, options())
+    assert torch.equal(weights(run(unet(), denoise, data, options()).model), weights(plain.model))
