@@ -2,7 +2,7 @@
 PYTHON ?= python3
 preset ?= digits
 seed ?= 1
-# A file of parameters, as those under data/studies/: make experiment file=data/studies/fashion16/main.yaml seed=2
+# A file of parameters, as those under data/studies/: make experiment file=data/studies/fashion16/pd.yaml seed=2
 file ?=
 run_folder ?= runs/$(or $(subst /,-,$(patsubst data/studies/%,%,$(basename $(file)))),$(preset))-seed$(seed)
 
