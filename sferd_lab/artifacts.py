@@ -75,27 +75,39 @@ def load_model(path: Path | str) -> tuple[Model, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A trained denoiser with what it was made from: its image ``shape`` (C, H, W) and ``info``."""
+    """A trained denoiser with what it was made from: its image ``shape`` (C, H, W), ``info``, and the ``prior`` of its codes, if any."""
 
     denoiser: Denoiser
     shape: tuple[int, int, int]
     info: dict[str, Any]
+    prior: Prior | None = None
 
-    def sample(self, n: int, steps: int = 16, seed: int = 0, prior: Prior | None = None, **options: Any) -> Tensor:
-        """``n`` images (n, C, H, W), nominally in [-1, 1], by DDIM in ``steps`` steps; ``options`` go to ``sample.sample``."""
-        return sample(self.denoiser, n, self.shape, steps, seed=seed, prior=prior, **options).images
+    def sample(self, n: int, steps: int = 16, seed: int = 0, **options: Any) -> Tensor:
+        """``n`` images (n, C, H, W), nominally in [-1, 1], by DDIM in ``steps`` steps; ``options`` go to ``sample.sample``.
+
+        Codes come from the model's own prior, unless ``options`` give a ``prior``, or a ``condition`` with a code or an image.
+        """
+        told = options.get("condition") or {}
+        prior = None if {"z", "image"} & told.keys() else self.prior
+        return sample(self.denoiser, n, self.shape, steps, seed=seed, **{"prior": prior, **options}).images
 
 
 def load(name: str | Path) -> Pretrained:
-    """A shipped model by name ("digits/teacher") or any saved one by path. Raises SferdError listing what there is."""
+    """A shipped model by name ("digits/teacher") or any saved one by path. Raises SferdError listing what there is.
+
+    For a semantic denoiser the prior of its codes is looked for beside it, in ``<name>-prior.safetensors``.
+    """
     folder = shipped_folder()
     path = Path(name) if str(name).endswith(".safetensors") else folder / f"{name}.safetensors"
     if not path.is_file():
-        shipped = sorted(str(file.relative_to(folder).with_suffix("")) for file in folder.glob("*/teacher.safetensors"))
+        shipped = [str(file.relative_to(folder).with_suffix("")) for file in sorted(folder.glob("*/*.safetensors"))]
+        shipped = [name for name in shipped if not name.endswith(("features", "reference", "-prior"))]
         raise SferdError(f"no model '{name}'; allowed: {', '.join(shipped) or 'nothing is shipped'}, or the path of a .safetensors file")
     model, info = load_model(path)
     if not isinstance(model, NetworkDenoiser | SemanticDenoiser):
         raise SferdError(f"{path} holds a {info['kind']}, which has no images of its own; load it with load_model and pass it to sample")
     if "shape" not in info:
         raise SferdError(f"{path} does not say the shape of its images; allowed: files saved with info that has shape = [C, H, W]")
-    return Pretrained(model, tuple(info["shape"]), info)
+    beside = path.with_name(f"{path.stem}-prior.safetensors")
+    prior = load_model(beside)[0] if isinstance(model, SemanticDenoiser) and beside.is_file() else None
+    return Pretrained(model, tuple(info["shape"]), info, prior)

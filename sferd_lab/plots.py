@@ -130,6 +130,10 @@ def forest(ratios: pd.DataFrame, title: str = "") -> Figure:
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.axvline(1, color="gray", lw=0.8)
     axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    ticks = [tick for tick in (0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10) if low <= tick <= high]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
     axes.set_xlabel("ratio to the plain student, left of 1 is better")
     axes.set_title(title, fontsize=10)
     return figure

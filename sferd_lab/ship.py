@@ -1,4 +1,5 @@
-"""Make the files under ``data/``: ``python -m sferd_lab.ship PRESET [name=value ...]``, ``python -m sferd_lab.ship results NAME RUN ...``.
+"""Make the files under ``data/``: ``python -m sferd_lab.ship PRESET [name=value ...]``, ``... ship results NAME RUN ...``,
+``... ship students RUN STAGE ...``.
 
 For the preset's data set it trains the feature network, writes the statistics of the reference images on it, trains the teacher and
 scores it. Everything follows from the settings and their seed, so the command makes the same files again on the same machine.
@@ -12,13 +13,14 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from sferd_lab.artifacts import save_model, shipped_folder
+from sferd_lab.artifacts import load_model, save_model, shipped_folder
 from sferd_lab.config import make_settings, parse_literals
 from sferd_lab.data import ImageData
 from sferd_lab.errors import SferdError
 from sferd_lab.experiment import Run, provenance, read_table
 from sferd_lab.files import read_json, replacing, save_tensors, sha256, write_json
 from sferd_lab.metrics import accuracy, extract, load_feature_network, save_feature_network, train_feature_network
+from sferd_lab.semantic import SemanticDenoiser
 
 # The feature network behind all scores, and another one to ask whether a verdict is the first one's own.
 FEATURES: dict[str, dict[str, int]] = {"features": {}, "second-features": {"dim": 32, "seed": 1}}
@@ -75,6 +77,21 @@ def ship(preset: str, **parameters: object) -> None:
     write_json(folder / "made.json", {**about, "settings": settings.model_dump(mode="json")})
 
 
+def ship_students(folder: str, *stages: str) -> None:
+    """Ship the students ``stages`` of a finished run beside their data set's teacher, a conditional pair with the prior of its codes."""
+    weights = Path(folder) / "weights"
+    target = shipped_folder() / load_model(weights / f"{stages[0]}.safetensors")[1]["data"]
+    for stage in stages:
+        files = {stage: weights / f"{stage}.safetensors"}
+        if isinstance(load_model(files[stage])[0], SemanticDenoiser):
+            files[f"{stage}-prior"] = weights / "teacher-sgp-prior.safetensors"
+        for name, file in files.items():
+            with replacing(target / f"{name}.safetensors") as temporary:
+                temporary.write_bytes(file.read_bytes())
+    students = {file.stem: sha256(file) for file in sorted(target.glob("*.safetensors")) if file.stem.startswith(("pd", "cd"))}
+    write_json(target / "students.json", {"sha256": students, **read_json(Path(folder) / "config.json")})
+
+
 def collect(name: str, folders: list[str]) -> None:
     """Put the finished runs in ``folders`` together under ``data/results/<name>``: tables, settings, the first's figures."""
     target = shipped_folder() / "results" / name
@@ -91,5 +108,7 @@ def collect(name: str, folders: list[str]) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "results":
         collect(sys.argv[2], sys.argv[3:])
+    elif sys.argv[1] == "students":
+        ship_students(*sys.argv[2:])
     else:
         ship(sys.argv[1], **parse_literals(sys.argv[2:]))
