@@ -529,7 +529,8 @@ class Run:
         teacher, counts = self.teacher(), self.settings.teacher_sampling_steps
         rows = [Row("teacher", sampler=sampler, steps=steps) for sampler in self.settings.teacher_samplers for steps in counts]
         rows += [Row("teacher", guided, sampler="ddim", steps=counts[-1]) for guided in self.settings.guided if guided]
-        for row in rows:
+        # The yardstick first: the others are compared with its samples, which are then there.
+        for row in sorted(rows, key=lambda row: row != self.yardstick_row):
             self.evaluate(row, self.guide(teacher, row.guidance))
             yield row
 

@@ -752,7 +752,9 @@ def test_the_teacher_is_scored_by_every_sampler_that_is_asked_for(tmp_path: Path
     monkeypatch.setattr(run, "evaluate", lambda row, *_: scored.append(row))
     assert list(run.evaluate_teacher()) == scored
     assert scored == [
-        *(Row("teacher", sampler=sampler, steps=steps) for sampler in ("ddim", "heun") for steps in (1, 2, 4)),
+        Row("teacher", sampler="ddim", steps=4),  # the yardstick, so that no other row has to draw it
+        *(Row("teacher", sampler="ddim", steps=steps) for steps in (1, 2)),
+        *(Row("teacher", sampler="heun", steps=steps) for steps in (1, 2, 4)),
         Row("teacher", True, sampler="ddim", steps=4),
     ]
 
