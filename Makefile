@@ -32,7 +32,7 @@ test: .venv/ready lint
 	$(MAKE) test-notebooks
 
 test-notebooks: .venv/ready
-	folder=$$(mktemp -d) && SFERD_LAB_TINY=1 SFERD_LAB_RUNS=$$folder $(BIN)/python -m pytest \
+	folder=$$(mktemp -d) && SFERD_LAB_TINY=1 SFERD_LAB_WIDGETS=0 SFERD_LAB_RUNS=$$folder $(BIN)/python -m pytest \
 		--nbval-lax --nbval-current-env --nbval-cell-timeout 300 notebooks; status=$$?; rm -rf $$folder; exit $$status
 
 lint: .venv/ready

@@ -1,0 +1,138 @@
+"""The notebooks' exercises: ``check_<name>(your_function)`` tries it on fresh random inputs and says "passed", or in words what is wrong.
+
+A check compares with a reference that shares no code with the library, in float64. Where an answer is off, it is held against the usual
+mistakes first: a wrong answer that equals one of them gets its name.
+"""
+
+from __future__ import annotations
+
+import cmath
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Function = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """What an answer is held against: ``inputs`` draws arguments, ``mistakes`` are wrong answers by what to say of them."""
+
+    reference: Function
+    inputs: Callable[[torch.Generator], tuple[object, ...]]
+    mistakes: dict[str, Function]
+
+    def verdict(self, function: Function, trials: int = 5) -> str:
+        """Say "passed", or in a sentence that begins with "not yet" what is wrong."""
+        generator = torch.Generator()
+        generator.seed()
+        for _ in range(trials):
+            given = self.inputs(generator)
+            wanted = self.reference(*given)
+            try:
+                got = function(*given)
+            except Exception as error:  # whatever a learner's function raises is news for the learner
+                return f"not yet: your function raised {type(error).__name__}: {error}"
+            if got is None or got is ...:
+                return "not yet: your function returns nothing. Write its body, and end it with return."
+            if not isinstance(got, Tensor):
+                return f"not yet: your function returns a {type(got).__name__}; it should return a tensor."
+            if got.shape != wanted.shape:
+                return f"not yet: your result has shape {tuple(got.shape)}; it should have {tuple(wanted.shape)}."
+            if not _close(got, wanted):
+                for words, mistake in self.mistakes.items():
+                    if _close(got, mistake(*given)):
+                        return f"not yet: {words}"
+                worst = (got.to(wanted) - wanted).abs().max().item()
+                return f"not yet: your result differs from the right one by up to {worst:.3g}. Try a case you can work out by hand."
+        return "passed"
+
+
+def _close(got: Tensor, wanted: Tensor) -> bool:
+    return bool(torch.allclose(got.to(wanted), wanted, rtol=1e-4, atol=1e-5))
+
+
+def _images(generator: torch.Generator) -> Tensor:
+    return torch.randn(3, 1, 4, 4, generator=generator, dtype=torch.float64)
+
+
+def _angle(generator: torch.Generator, low: float = 0.2, high: float = 1.4) -> float:
+    return low + (high - low) * torch.rand((), generator=generator).item()
+
+
+def _turned(real: Tensor, imaginary: Tensor, angle: float) -> Tensor:
+    """The real part of real + i imaginary, turned by ``angle``: a rotation without a sine or a cosine written down."""
+    return ((real + 1j * imaginary) * cmath.exp(1j * angle)).real
+
+
+def _two_images_and_an_angle(generator: torch.Generator) -> tuple[object, ...]:
+    return _images(generator), _images(generator), _angle(generator)
+
+
+def _a_step(generator: torch.Generator) -> tuple[object, ...]:
+    phi = _angle(generator, 0.6, 1.5)
+    return _images(generator), _images(generator), phi, _angle(generator, 0.0, phi - 0.2)
+
+
+ADD_NOISE = Exercise(
+    lambda x0, eps, phi: _turned(x0, eps, -phi),
+    _two_images_and_an_angle,
+    {
+        "sine and cosine are exchanged. At phi = 0 the result should be x0 itself.": lambda x0, eps, phi: _turned(eps, x0, -phi),
+        "this mixes x0 and eps along a straight line. With weights that add up to 1 the variance shrinks on the way: "
+        "their squares should add up to 1.": lambda x0, eps, phi: torch.lerp(x0, eps, phi / (math.pi / 2)),
+        "the noise is subtracted. As noise it is as good, but then v points the other way.": lambda x0, eps, phi: _turned(x0, eps, phi),
+        "there is no noise in it.": lambda x0, eps, phi: _turned(x0, torch.zeros_like(eps), phi),
+    },
+)
+X0_FROM_V = Exercise(
+    lambda x, v, phi: _turned(x, v, phi),
+    _two_images_and_an_angle,
+    {
+        "your x0 has the sign of v flipped.": lambda x, v, phi: _turned(x, v, -phi),
+        "this is eps, not x0: at phi = 0 it should be x itself.": lambda x, v, phi: _turned(v, x, -phi),
+        "this divides by cos(phi), which is right for the noise in place of v.": lambda x, v, phi: (x - math.sin(phi) * v) / math.cos(phi),
+    },
+)
+DDIM_STEP = Exercise(
+    lambda x, v, phi, psi: _turned(x, v, phi - psi),
+    _a_step,
+    {
+        "you turn by psi - phi: that goes up, towards noise.": lambda x, v, phi, psi: _turned(x, v, psi - phi),
+        "this lands on x0, whatever psi is: you turn by phi, all the way.": lambda x, v, phi, psi: _turned(x, v, phi),
+        "this goes straight along the tangent. A step turns, or it leaves the circle.": lambda x, v, phi, psi: x - (phi - psi) * v,
+    },
+)
+ANGLE_OF_ALPHA_BAR = Exercise(
+    lambda alpha_bar: torch.atan2((1 - alpha_bar).sqrt(), alpha_bar.sqrt()),
+    lambda generator: (torch.rand(6, generator=generator, dtype=torch.float64) * 0.98 + 0.01,),
+    {
+        "the root is missing: alpha_bar is the square of the signal's weight.": lambda alpha_bar: alpha_bar.acos(),
+        "this is the angle from the other end: at alpha_bar = 1 there is no noise and phi should be 0.": lambda alpha_bar: (
+            alpha_bar.sqrt().asin()
+        ),
+    },
+)
+
+
+def check_add_noise(function: Function) -> None:
+    """``add_noise(x0, eps, phi)``: images (B, ...), noise of the same shape and an angle, to the noised images."""
+    print(ADD_NOISE.verdict(function))
+
+
+def check_x0_from_v(function: Function) -> None:
+    """``x0_from_v(x, v, phi)``: noised images, their velocity and the angle, to the images."""
+    print(X0_FROM_V.verdict(function))
+
+
+def check_ddim_step(function: Function) -> None:
+    """``ddim_step(x, v, phi, psi)``: one deterministic step from the angle phi down to psi."""
+    print(DDIM_STEP.verdict(function))
+
+
+def check_angle_of_alpha_bar(function: Function) -> None:
+    """``angle_of_alpha_bar(alpha_bar)``: DDPM's cumulative products (K,) to angles (K,)."""
+    print(ANGLE_OF_ALPHA_BAR.verdict(function))

@@ -1,0 +1,106 @@
+"""Every solution passes, every empty stub fails, and typical wrong answers fail with the right words."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+import torch
+
+from sferd_lab import exercises
+from sferd_lab.exercises import Exercise
+
+NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+
+
+def in_the_notebooks() -> list[tuple[str, str, str]]:
+    """For each exercise: its notebook, its solution's code and its stub cell's."""
+    found = []
+    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+        cells = nbformat.read(path, as_version=4).cells
+        for told, stub in itertools.pairwise(cells):
+            if stub.cell_type == "code" and "exercises.check_" in stub.source:
+                solution = re.search(r"<summary>Solution</summary>\s*```python\n(.*?)```", told.source, re.DOTALL)
+                found.append((path.stem, solution[1] if solution else "", stub.source))
+    return found
+
+
+CASES = in_the_notebooks()
+
+
+@pytest.mark.parametrize(("notebook", "solution", "stub"), CASES, ids=[re.search(r"check_(\w+)", case[2])[1] for case in CASES])
+def test_the_empty_stub_fails_and_the_solution_passes(notebook: str, solution: str, stub: str, capsys: pytest.CaptureFixture[str]) -> None:
+    space: dict[str, Any] = {"exercises": exercises, "torch": torch}
+    exec(stub, space)
+    assert capsys.readouterr().out == "not yet: your function returns nothing. Write its body, and end it with return.\n"
+    check = stub.strip().splitlines()[-1]
+    assert check.startswith("exercises.check_")
+    assert solution, f"{notebook}: no solution above {check}"
+    exec(solution, space)
+    exec(check, space)
+    assert capsys.readouterr().out == "passed\n"
+
+
+def test_every_check_is_used_in_a_notebook() -> None:
+    used = {name for case in CASES for name in re.findall(r"exercises\.(check_\w+)", case[2])}
+    assert used == {name for name in dir(exercises) if name.startswith("check_")}
+
+
+cos, sin = math.cos, math.sin
+WRONG = {
+    "add_noise": [
+        (lambda x0, eps, phi: sin(phi) * x0 + cos(phi) * eps, "sine and cosine are exchanged"),
+        (lambda x0, eps, phi: (1 - phi / (math.pi / 2)) * x0 + phi / (math.pi / 2) * eps, "their squares should add up to 1"),
+        (lambda x0, eps, phi: cos(phi) * x0 - sin(phi) * eps, "the noise is subtracted"),
+        (lambda x0, eps, phi: cos(phi) * x0, "there is no noise in it"),
+        (lambda x0, eps, phi: cos(phi) * x0 + sin(phi), "differs from the right one by up to"),
+    ],
+    "x0_from_v": [
+        (lambda x, v, phi: cos(phi) * x + sin(phi) * v, "your x0 has the sign of v flipped"),
+        (lambda x, v, phi: sin(phi) * x + cos(phi) * v, "this is eps, not x0"),
+        (lambda x, v, phi: (x - sin(phi) * v) / cos(phi), "right for the noise in place of v"),
+    ],
+    "ddim_step": [
+        (lambda x, v, phi, psi: cos(psi - phi) * x - sin(psi - phi) * v, "you turn by psi - phi"),
+        (lambda x, v, phi, psi: cos(phi) * x - sin(phi) * v, "this lands on x0"),
+        (lambda x, v, phi, psi: x - (phi - psi) * v, "this goes straight along the tangent"),
+        (lambda x, v, phi, psi: (cos(phi - psi) * x - sin(phi - psi) * v)[0], r"shape \(1, 4, 4\); it should have \(3, 1, 4, 4\)"),
+    ],
+    "angle_of_alpha_bar": [
+        (lambda alpha_bar: torch.acos(alpha_bar), "the root is missing"),
+        (lambda alpha_bar: torch.asin(alpha_bar.sqrt()), "the angle from the other end"),
+        (lambda alpha_bar: math.acos(alpha_bar[0] ** 0.5), "returns a float; it should return a tensor"),
+        (lambda alpha_bar: alpha_bar.sqroot().acos(), "your function raised AttributeError: .*sqroot"),
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "answer", "words"), [(name, *case) for name, cases in WRONG.items() for case in cases])
+def test_a_wrong_answer_is_told_what_is_wrong(name: str, answer: Any, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(10):  # whatever is drawn
+        getattr(exercises, f"check_{name}")(answer)
+        assert re.search(f"^not yet: .*{words}", capsys.readouterr().out)
+
+
+def test_every_exercise_has_two_wrong_answers_or_more() -> None:
+    assert WRONG.keys() == {name.removeprefix("check_") for name in dir(exercises) if name.startswith("check_")}
+    assert all(len(answers) >= 2 for answers in WRONG.values())
+
+
+def test_right_answers_pass_in_single_precision_too() -> None:
+    for exercise in (value for value in vars(exercises).values() if isinstance(value, Exercise)):
+        answer = exercise.reference
+        assert exercise.verdict(lambda *given, answer=answer: answer(*given).float()) == "passed"
+
+
+def test_every_trial_draws_new_inputs() -> None:
+    seen = []
+    exercise = Exercise(lambda x: x, lambda generator: (torch.rand(2, generator=generator),), {})
+    for _ in range(2):
+        exercise.verdict(lambda x: seen.append(x) or x, trials=3)
+    assert len(torch.stack(seen).unique(dim=0)) == 6

@@ -1,0 +1,61 @@
+"""Explorers: picture and words follow the controls; without widgets both are there once."""
+
+from __future__ import annotations
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import ipywidgets
+import matplotlib.pyplot as plt
+import pytest
+import torch
+
+from sferd_lab import widgets
+
+IMAGES = torch.linspace(-1, 1, 2 * 16).view(2, 1, 4, 4)
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    displayed: list[object] = []
+    monkeypatch.setattr(widgets, "display", displayed.append)
+    return displayed
+
+
+def test_picture_and_words_follow_the_slider(shown: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SFERD_LAB_WIDGETS", raising=False)
+    box = widgets.noise_explorer(IMAGES)
+    assert shown == [box]
+    slider, picture = box.children
+    assert isinstance(slider, ipywidgets.FloatSlider)
+    before = picture.value
+    slider.value = 0.25
+    assert "t = 0.25: the image counts 0.92, the noise 0.38; log SNR 1.8." in picture.value
+    assert 'alt="t = 0.25: the image counts' in picture.value
+    assert picture.value.split('alt="')[0] != before.split('alt="')[0]
+    assert plt.get_fignums() == []
+
+
+@pytest.mark.parametrize(("t", "words"), [(0.0, "counts 1.00, the noise 0.00; log SNR infinite"), (1.0, "log SNR minus infinity")])
+def test_the_ends_have_words_too(shown: list[object], monkeypatch: pytest.MonkeyPatch, t: float, words: str) -> None:
+    monkeypatch.delenv("SFERD_LAB_WIDGETS", raising=False)
+    slider, picture = widgets.noise_explorer(IMAGES).children
+    slider.value = t
+    assert words in picture.value
+
+
+def test_without_widgets_there_are_a_figure_and_a_sentence(
+    shown: list[object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SFERD_LAB_WIDGETS", "0")
+    assert widgets.noise_explorer(IMAGES) is None
+    assert [type(item).__name__ for item in shown] == ["Figure"]
+    assert capsys.readouterr().out.startswith("t = 0.50: the image counts 0.71")
+    assert plt.get_fignums() == []
+
+
+def test_words_are_text_not_markup(shown: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SFERD_LAB_WIDGETS", raising=False)
+    box = widgets.explore(lambda n: plt.figure(figsize=(1, 1)), lambda n: f'"{n}" < 3 & more', n=ipywidgets.IntSlider(value=2))
+    assert 'alt="&quot;2&quot; &lt; 3 &amp; more"' in box.children[-1].value
