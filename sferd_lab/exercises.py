@@ -118,6 +118,34 @@ ANGLE_OF_ALPHA_BAR = Exercise(
 )
 
 
+PD_TARGET = Exercise(
+    # The same formula by cotangent and cosecant.
+    lambda x, x_psi, phi, psi: x / math.tan(phi - psi) - x_psi / math.cos(math.pi / 2 - phi + psi),
+    _a_step,
+    {
+        "the sign is the other way round: with it the student would step away from x_psi.": lambda x, x_psi, phi, psi: (
+            (x_psi - math.cos(phi - psi) * x) / math.sin(phi - psi)
+        ),
+        "the cosine is missing: x shrinks as it turns.": lambda x, x_psi, phi, psi: (x - x_psi) / math.sin(phi - psi),
+        "you divide by the angle, not by its sine: that is a straight line, not a turn.": lambda x, x_psi, phi, psi: (
+            (math.cos(phi - psi) * x - x_psi) / (phi - psi)
+        ),
+    },
+)
+TRUNCATED_SNR = Exercise(
+    lambda phi: torch.where(phi < math.pi / 4, 1 / phi.sin().square() - 1, 1.0),
+    lambda generator: (torch.rand(6, generator=generator, dtype=torch.float64) * 1.3 + 0.1,),
+    {
+        "it is not truncated: near pure noise the weight should stay at 1.": lambda phi: (phi.cos() / phi.sin()) ** 2,
+        "the squares are missing: SNR is a ratio of variances.": lambda phi: (phi.cos() / phi.sin()).clamp_min(1),
+        "it is cut at 1 from above: the smallest weight should be 1, not the largest.": lambda phi: (
+            (phi.cos() / phi.sin()).square().clamp_max(1)
+        ),
+        "signal and noise are exchanged.": lambda phi: phi.tan().square().clamp_min(1),
+    },
+)
+
+
 def check_add_noise(function: Function) -> None:
     """``add_noise(x0, eps, phi)``: images (B, ...), noise of the same shape and an angle, to the noised images."""
     print(ADD_NOISE.verdict(function))
@@ -136,3 +164,13 @@ def check_ddim_step(function: Function) -> None:
 def check_angle_of_alpha_bar(function: Function) -> None:
     """``angle_of_alpha_bar(alpha_bar)``: DDPM's cumulative products (K,) to angles (K,)."""
     print(ANGLE_OF_ALPHA_BAR.verdict(function))
+
+
+def check_pd_target(function: Function) -> None:
+    """``pd_target(x, x_psi, phi, psi)``: where the student stands and where the teacher landed, to the velocity that leads there."""
+    print(PD_TARGET.verdict(function))
+
+
+def check_truncated_snr(function: Function) -> None:
+    """``truncated_snr(phi)``: angles (B,) to weights (B,)."""
+    print(TRUNCATED_SNR.verdict(function))

@@ -71,6 +71,17 @@ WRONG = {
         (lambda x, v, phi, psi: x - (phi - psi) * v, "this goes straight along the tangent"),
         (lambda x, v, phi, psi: (cos(phi - psi) * x - sin(phi - psi) * v)[0], r"shape \(1, 4, 4\); it should have \(3, 1, 4, 4\)"),
     ],
+    "pd_target": [
+        (lambda x, x_psi, phi, psi: (x_psi - cos(phi - psi) * x) / sin(phi - psi), "the sign is the other way round"),
+        (lambda x, x_psi, phi, psi: (x - x_psi) / sin(phi - psi), "the cosine is missing"),
+        (lambda x, x_psi, phi, psi: (cos(phi - psi) * x - x_psi) / (phi - psi), "not by its sine"),
+    ],
+    "truncated_snr": [
+        (lambda phi: phi.tan() ** -2, "it is not truncated"),
+        (lambda phi: (phi.cos() / phi.sin()).clamp(min=1), "the squares are missing"),
+        (lambda phi: (phi.tan() ** -2).clamp(max=1), "it is cut at 1 from above"),
+        (lambda phi: phi.tan().square().clamp(min=1), "signal and noise are exchanged"),
+    ],
     "angle_of_alpha_bar": [
         (lambda alpha_bar: torch.acos(alpha_bar), "the root is missing"),
         (lambda alpha_bar: torch.asin(alpha_bar.sqrt()), "the angle from the other end"),
