@@ -146,6 +146,44 @@ TRUNCATED_SNR = Exercise(
 )
 
 
+def _a_consistency_step(generator: torch.Generator) -> tuple[object, ...]:
+    x, v, phi, psi = _a_step(generator)
+    scale, shift = _images(generator), _images(generator)
+    return x, v, lambda place, angle: scale * place * math.cos(angle) + shift * math.sin(angle), phi, psi
+
+
+CONSISTENCY_TARGET = Exercise(
+    lambda x, teacher_v, f, phi, psi: f(_turned(x, teacher_v, phi - psi), psi),
+    _a_consistency_step,
+    {
+        "the student is asked where you stand, not where the teacher's step leads.": lambda x, teacher_v, f, phi, psi: f(x, phi),
+        "the student is asked at the new place, but told the old angle.": lambda x, teacher_v, f, phi, psi: f(
+            _turned(x, teacher_v, phi - psi), phi
+        ),
+        "the student is told the new angle, but asked at the old place: the teacher's step is missing.": lambda x, teacher_v, f, phi, psi: (
+            f(x, psi)
+        ),
+        "this is where the teacher's step leads; the student has not been asked.": lambda x, teacher_v, f, phi, psi: _turned(
+            x, teacher_v, phi - psi
+        ),
+    },
+)
+PSEUDO_HUBER = Exercise(
+    lambda d, c: torch.hypot(torch.linalg.vector_norm(d, dim=(1, 2, 3)), torch.tensor(c, dtype=d.dtype)) - c,
+    lambda generator: (_images(generator), _angle(generator)),
+    {
+        "c is not taken off at the end: the distance of equal images should be 0.": lambda d, c: (d.square().sum((1, 2, 3)) + c**2).sqrt(),
+        "c is not squared under the root.": lambda d, c: (d.square().sum((1, 2, 3)) + c).sqrt() - c,
+        "it averages over the numbers of a row; the norm adds up their squares.": lambda d, c: (
+            (d.square().mean((1, 2, 3)) + c**2).sqrt() - c
+        ),
+        "the root of each number is taken before they are added up: it belongs around the whole sum.": lambda d, c: (
+            (d.square() + c**2).sqrt() - c
+        ).sum((1, 2, 3)),
+    },
+)
+
+
 def check_add_noise(function: Function) -> None:
     """``add_noise(x0, eps, phi)``: images (B, ...), noise of the same shape and an angle, to the noised images."""
     print(ADD_NOISE.verdict(function))
@@ -174,3 +212,13 @@ def check_pd_target(function: Function) -> None:
 def check_truncated_snr(function: Function) -> None:
     """``truncated_snr(phi)``: angles (B,) to weights (B,)."""
     print(TRUNCATED_SNR.verdict(function))
+
+
+def check_consistency_target(function: Function) -> None:
+    """``consistency_target(x, teacher_v, f, phi, psi)``: what the student f should say at (x, phi)."""
+    print(CONSISTENCY_TARGET.verdict(function))
+
+
+def check_pseudo_huber(function: Function) -> None:
+    """``pseudo_huber(d, c)``: differences (B, ...) and a constant to distances (B,)."""
+    print(PSEUDO_HUBER.verdict(function))

@@ -18,10 +18,11 @@ from sferd_lab.config import make_settings, parse_literals
 from sferd_lab.data import ImageData
 from sferd_lab.errors import SferdError
 from sferd_lab.experiment import Run, provenance, read_table
-from sferd_lab.files import read_json, replacing, save_tensors, sha256, write_json
+from sferd_lab.files import load_tensors, read_json, replacing, save_tensors, sha256, write_json
 from sferd_lab.metrics import accuracy, extract, load_feature_network, save_feature_network, train_feature_network
 from sferd_lab.semantic import SemanticDenoiser
 
+LARGEST = 4 * 2**20
 # The feature network behind all scores, and another one to ask whether a verdict is the first one's own.
 FEATURES: dict[str, dict[str, int]] = {"features": {}, "second-features": {"dim": 32, "seed": 1}}
 
@@ -78,7 +79,10 @@ def ship(preset: str, **parameters: object) -> None:
 
 
 def ship_students(folder: str, *stages: str) -> None:
-    """Ship the students ``stages`` of a finished run beside their data set's teacher, a conditional pair with the prior of its codes."""
+    """Ship the students ``stages`` of a finished run beside their data set's teacher, a conditional pair with the prior of its codes.
+
+    A file above ``LARGEST`` bytes is stored in half precision.
+    """
     weights = Path(folder) / "weights"
     target = shipped_folder() / load_model(weights / f"{stages[0]}.safetensors")[1]["data"]
     for stage in stages:
@@ -86,8 +90,13 @@ def ship_students(folder: str, *stages: str) -> None:
         if isinstance(load_model(files[stage])[0], SemanticDenoiser):
             files[f"{stage}-prior"] = weights / "teacher-sgp-prior.safetensors"
         for name, file in files.items():
-            with replacing(target / f"{name}.safetensors") as temporary:
-                temporary.write_bytes(file.read_bytes())
+            if file.stat().st_size > LARGEST:
+                tensors, info = load_tensors(file)
+                halves = {key: tensor.half() if tensor.dtype == torch.float32 else tensor for key, tensor in tensors.items()}
+                save_tensors(target / f"{name}.safetensors", halves, {**info, "stored": "float16"})
+            else:
+                with replacing(target / f"{name}.safetensors") as temporary:
+                    temporary.write_bytes(file.read_bytes())
     students = {file.stem: sha256(file) for file in sorted(target.glob("*.safetensors")) if file.stem.startswith(("pd", "cd"))}
     write_json(target / "students.json", {"sha256": students, **read_json(Path(folder) / "config.json")})
 
@@ -101,8 +110,10 @@ def collect(name: str, folders: list[str]) -> None:
             pd.concat(parts, ignore_index=True).to_csv(temporary, index=False)
     write_json(target / "runs.json", {Path(folder).name: read_json(Path(folder) / "config.json") for folder in folders})
     for figure in ("samples", "steps", "fd"):
-        with replacing(target / f"{figure}.png") as temporary:
-            temporary.write_bytes((Path(folders[0]) / "figures" / f"{figure}.png").read_bytes())
+        # A run that is still going has not drawn all of them.
+        if (drawn := Path(folders[0]) / "figures" / f"{figure}.png").exists():
+            with replacing(target / f"{figure}.png") as temporary:
+                temporary.write_bytes(drawn.read_bytes())
 
 
 if __name__ == "__main__":

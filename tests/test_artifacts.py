@@ -94,6 +94,16 @@ def test_a_model_comes_back_with_the_same_outputs_and_its_info(tmp_path: Path, k
     assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
 
 
+def test_weights_stored_in_half_precision_come_back_in_single(tmp_path: Path) -> None:
+    model, path = MODELS["semantic"](), tmp_path / "model.safetensors"
+    save_model(path, model, INFO)
+    tensors, info = load_tensors(path)
+    save_tensors(path, {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}, info)
+    loaded, _ = load_model(path)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    torch.testing.assert_close(output(loaded), output(model), rtol=0.02, atol=0.02)
+
+
 def test_what_a_network_is_comes_back_with_it(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_model(path, network("teacher", classes=10), INFO)

@@ -82,6 +82,17 @@ WRONG = {
         (lambda phi: (phi.tan() ** -2).clamp(max=1), "it is cut at 1 from above"),
         (lambda phi: phi.tan().square().clamp(min=1), "signal and noise are exchanged"),
     ],
+    "consistency_target": [
+        (lambda x, teacher_v, f, phi, psi: f(x, phi), "the student is asked where you stand"),
+        (lambda x, teacher_v, f, phi, psi: f(x, psi), "the teacher's step is missing"),
+        (lambda x, teacher_v, f, phi, psi: f(cos(phi - psi) * x - sin(phi - psi) * teacher_v, phi), "but told the old angle"),
+        (lambda x, teacher_v, f, phi, psi: cos(phi - psi) * x - sin(phi - psi) * teacher_v, "the student has not been asked"),
+    ],
+    "pseudo_huber": [
+        (lambda d, c: (d.flatten(1).square().sum(1) + c**2).sqrt(), "c is not taken off"),
+        (lambda d, c: (d.flatten(1).square().mean(1) + c**2).sqrt() - c, "it averages over the numbers of a row"),
+        (lambda d, c: (d.square() + c**2).sqrt() - c, r"shape \(3, 1, 4, 4\); it should have \(3,\)"),
+    ],
     "angle_of_alpha_bar": [
         (lambda alpha_bar: torch.acos(alpha_bar), "the root is missing"),
         (lambda alpha_bar: torch.asin(alpha_bar.sqrt()), "the angle from the other end"),
