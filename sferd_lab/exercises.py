@@ -184,6 +184,54 @@ PSEUDO_HUBER = Exercise(
 )
 
 
+def _attention(generator: torch.Generator) -> tuple[object, ...]:
+    return (torch.randn(2, 6, 6, generator=generator, dtype=torch.float64).softmax(-1),)
+
+
+def _images_and_a_mask(generator: torch.Generator) -> tuple[object, ...]:
+    return _images(generator), _images(generator), (_images(generator) > 0).double()
+
+
+def _two_images_and_a_weight(generator: torch.Generator) -> tuple[object, ...]:
+    return _images(generator), _images(generator), _angle(generator)
+
+
+ATTENTION_RECEIVED = Exercise(
+    lambda weights: torch.einsum("hqk->k", weights) / len(weights),
+    _attention,
+    {
+        "this adds up each row, which is 1 for every position: add up over the queries, who ask, not over the keys, who are asked.": (
+            lambda weights: weights.mean(0).sum(1)
+        ),
+        "this averages over the queries: the mean of the map should be 1, whatever the number of positions.": (
+            lambda weights: weights.mean((0, 1))
+        ),
+        "this adds up over the heads, too: they are averaged.": lambda weights: weights.sum((0, 1)),
+    },
+)
+BLEND = Exercise(
+    lambda x0, blurred, mask: torch.where(mask > 0.5, blurred, x0),
+    _images_and_a_mask,
+    {
+        "mask and rest are exchanged: blur where the mask is 1.": lambda x0, blurred, mask: torch.where(mask > 0.5, x0, blurred),
+        "outside the mask the guess is missing.": lambda x0, blurred, mask: mask * blurred,
+        "inside the mask the guess shines through: blur and guess are added.": lambda x0, blurred, mask: x0 + mask * blurred,
+    },
+)
+GUIDED_X0 = Exercise(
+    lambda x0, x0_from_blurred, w: torch.lerp(x0_from_blurred, x0, 1 + w),
+    _two_images_and_a_weight,
+    {
+        "this moves towards the blurred image's guess. Guidance moves away from it.": lambda x0, x0_from_blurred, w: torch.lerp(
+            x0, x0_from_blurred, w
+        ),
+        "this is the authors' scale, 1 + w. Here w = 0 should leave the teacher's guess as it is.": lambda x0, x0_from_blurred, w: (
+            torch.lerp(x0_from_blurred, x0, w)
+        ),
+    },
+)
+
+
 def check_add_noise(function: Function) -> None:
     """``add_noise(x0, eps, phi)``: images (B, ...), noise of the same shape and an angle, to the noised images."""
     print(ADD_NOISE.verdict(function))
@@ -222,3 +270,18 @@ def check_consistency_target(function: Function) -> None:
 def check_pseudo_huber(function: Function) -> None:
     """``pseudo_huber(d, c)``: differences (B, ...) and a constant to distances (B,)."""
     print(PSEUDO_HUBER.verdict(function))
+
+
+def check_attention_received(function: Function) -> None:
+    """``attention_received(weights)``: softmax weights (heads, queries, keys) to the attention that each key receives (keys,)."""
+    print(ATTENTION_RECEIVED.verdict(function))
+
+
+def check_blend(function: Function) -> None:
+    """``blend(x0, blurred, mask)``: the guess, its blur and a mask of zeros and ones to the image that is blurred where masked."""
+    print(BLEND.verdict(function))
+
+
+def check_guided_x0(function: Function) -> None:
+    """``guided_x0(x0, x0_from_blurred, w)``: the teacher's two guesses and a weight, 0 for none, to the guided guess."""
+    print(GUIDED_X0.verdict(function))

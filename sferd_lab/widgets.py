@@ -20,7 +20,9 @@ from IPython.display import display
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from sferd_lab.denoiser import Denoiser
 from sferd_lab.diffusion import HALF_PI, add_noise, log_snr
+from sferd_lab.guidance import default_layer, gaussian_blur, guidance_mask, guide
 from sferd_lab.plots import PALETTE, show_grid
 
 
@@ -77,3 +79,42 @@ def noise_explorer(images: Tensor, seed: int = 0) -> ipywidgets.Widget | None:
 
     slider = ipywidgets.FloatSlider(value=0.5, min=0, max=1, step=0.05, description="t")
     return explore(draw, tell, t=slider)
+
+
+def guidance_explorer(teacher: Denoiser, images: Tensor, t: float = 0.6, form: str = "x0", seed: int = 0) -> ipywidgets.Widget | None:
+    """Attention guidance of a teacher on noised ``images`` (N, C, H, W): weight, threshold and blur of choice, and what they change."""
+    phi, layer = t * HALF_PI, default_layer(teacher.attention_layers)
+    x = add_noise(images, torch.randn(images.shape, generator=torch.Generator().manual_seed(seed)), phi)
+    with torch.inference_mode():
+        first = teacher(x, phi, [layer])
+    received = first.attention[layer].received()
+
+    def look(w: float, threshold: float, sigma: float) -> tuple[Tensor, Tensor]:
+        with torch.inference_mode():
+            mask = guidance_mask(first.attention[layer], first.x0, threshold)
+            return mask, guide(teacher, first, x, phi, mask, w, form, 5, sigma).x0
+
+    def draw(**values: float) -> Figure:
+        mask, guided = look(**values)
+        blurred = mask * gaussian_blur(first.x0, 5, values["sigma"]) + (1 - mask) * first.x0
+        figure, grid = plt.subplots(1, 4, figsize=(10, 2.7), layout="constrained")
+        shown = {"guess": first.x0, "mask": 2 * mask - 1, "blurred where masked": blurred, f"guided, form {form}": guided}
+        for axes, (name, picture) in zip(grid, shown.items(), strict=True):
+            show_grid(axes, picture, 4, name)
+        return figure
+
+    def tell(**values: float) -> str:
+        mask, guided = look(**values)
+        moved = (guided - first.x0).square().mean().sqrt().item()
+        settings = f"weight {values['w']:.1f}, threshold {values['threshold']:.2f}, blur {values['sigma']:.1f} pixels"
+        return f"{settings}: {mask.mean().item():.0%} of the image is masked, and guidance moves a pixel by {moved:.3f} (root mean square)."
+
+    # Within these bounds the mask is neither empty nor everything.
+    low, high = received.min().item() + 0.01, received.max().item() - 0.01
+    return explore(
+        draw,
+        tell,
+        w=ipywidgets.FloatSlider(value=1.0, min=0, max=3, step=0.1, description="weight"),
+        threshold=ipywidgets.FloatSlider(value=1.0, min=low, max=high, step=0.05, description="threshold"),
+        sigma=ipywidgets.FloatSlider(value=1.0, min=0.3, max=3, step=0.1, description="blur"),
+    )

@@ -93,6 +93,21 @@ WRONG = {
         (lambda d, c: (d.flatten(1).square().mean(1) + c**2).sqrt() - c, "it averages over the numbers of a row"),
         (lambda d, c: (d.square() + c**2).sqrt() - c, r"shape \(3, 1, 4, 4\); it should have \(3,\)"),
     ],
+    "attention_received": [
+        (lambda weights: weights.mean(0).sum(-1), "this adds up each row"),
+        (lambda weights: weights.mean(0).mean(0), "this averages over the queries"),
+        (lambda weights: weights.sum(0).sum(0), "this adds up over the heads, too"),
+        (lambda weights: weights.sum(1), r"shape \(2, 6\); it should have \(6,\)"),
+    ],
+    "blend": [
+        (lambda x0, blurred, mask: mask * x0 + (1 - mask) * blurred, "mask and rest are exchanged"),
+        (lambda x0, blurred, mask: mask * blurred, "outside the mask the guess is missing"),
+        (lambda x0, blurred, mask: x0 + mask * blurred, "the guess shines through"),
+    ],
+    "guided_x0": [
+        (lambda x0, x0_from_blurred, w: x0 + w * (x0_from_blurred - x0), "this moves towards"),
+        (lambda x0, x0_from_blurred, w: x0_from_blurred + w * (x0 - x0_from_blurred), "this is the authors' scale"),
+    ],
     "angle_of_alpha_bar": [
         (lambda alpha_bar: torch.acos(alpha_bar), "the root is missing"),
         (lambda alpha_bar: torch.asin(alpha_bar.sqrt()), "the angle from the other end"),

@@ -6,12 +6,16 @@ import matplotlib
 
 matplotlib.use("Agg")
 
+import time
+
 import ipywidgets
 import matplotlib.pyplot as plt
 import pytest
 import torch
 
+import sferd_lab
 from sferd_lab import widgets
+from sferd_lab.data import load_images
 
 IMAGES = torch.linspace(-1, 1, 2 * 16).view(2, 1, 4, 4)
 
@@ -59,3 +63,21 @@ def test_words_are_text_not_markup(shown: list[object], monkeypatch: pytest.Monk
     monkeypatch.delenv("SFERD_LAB_WIDGETS", raising=False)
     box = widgets.explore(lambda n: plt.figure(figsize=(1, 1)), lambda n: f'"{n}" < 3 & more', n=ipywidgets.IntSlider(value=2))
     assert 'alt="&quot;2&quot; &lt; 3 &amp; more"' in box.children[-1].value
+
+
+def test_the_guidance_explorer_says_what_guidance_changes(shown: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SFERD_LAB_WIDGETS", raising=False)
+    teacher, images = sferd_lab.load("digits/teacher").denoiser, load_images("digits").reference.images[:16]
+    weight, threshold, _, picture = widgets.guidance_explorer(teacher, images).children
+    before = picture.value
+    weight.value = 0.0
+    assert "guidance moves a pixel by 0.000" in picture.value
+    weight.value = 2.0
+    assert "weight 2.0" in picture.value
+    assert picture.value != before
+    for end in (threshold.min, threshold.max):  # no end of the slider is an error
+        threshold.value = end
+        assert f"threshold {end:.2f}" in picture.value
+    started = time.perf_counter()
+    weight.value = 1.5
+    assert time.perf_counter() - started < 5  # half a second on quiet cores
