@@ -232,6 +232,39 @@ GUIDED_X0 = Exercise(
 )
 
 
+def _modulation(generator: torch.Generator) -> tuple[object, ...]:
+    parts = torch.randn(4, 3, 2, generator=generator, dtype=torch.float64)
+    return torch.randn(3, 2, 4, 4, generator=generator, dtype=torch.float64), *parts
+
+
+def _scale_shift(n: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return torch.einsum("bchw,bc->bchw", n, 1 + scale) + shift[..., None, None]
+
+
+GRADIENT_FROM_SHIFT = Exercise(
+    lambda h, phi: -h / math.tan(phi),
+    lambda generator: (_images(generator), _angle(generator)),
+    {
+        "the sign is missing: a shift of v upwards moves the image downwards.": lambda h, phi: h / math.tan(phi),
+        "this is how far the image moves, not the gradient.": lambda h, phi: -math.sin(phi) * h,
+        "the factor is upside down.": lambda h, phi: -math.tan(phi) * h,
+    },
+)
+MODULATE = Exercise(
+    lambda n, t_s, t_b, z_s, z_b: _scale_shift(_scale_shift(n, t_s, t_b), z_s, z_b),
+    _modulation,
+    {
+        "the ones are missing: with all scales at 0 the activation should pass unchanged.": lambda n, t_s, t_b, z_s, z_b: _scale_shift(
+            _scale_shift(n, t_s - 1, t_b), z_s - 1, z_b
+        ),
+        "code and angle are exchanged: the angle's scale and shift come first.": lambda n, t_s, t_b, z_s, z_b: _scale_shift(
+            _scale_shift(n, z_s, z_b), t_s, t_b
+        ),
+        "the code is not used.": lambda n, t_s, t_b, z_s, z_b: _scale_shift(n, t_s, t_b),
+    },
+)
+
+
 def check_add_noise(function: Function) -> None:
     """``add_noise(x0, eps, phi)``: images (B, ...), noise of the same shape and an angle, to the noised images."""
     print(ADD_NOISE.verdict(function))
@@ -285,3 +318,13 @@ def check_blend(function: Function) -> None:
 def check_guided_x0(function: Function) -> None:
     """``guided_x0(x0, x0_from_blurred, w)``: the teacher's two guesses and a weight, 0 for none, to the guided guess."""
     print(GUIDED_X0.verdict(function))
+
+
+def check_gradient_from_shift(function: Function) -> None:
+    """``gradient_from_shift(h, phi)``: the shift of the velocity (B, ...) and an angle to the gradient of log p(z | x)."""
+    print(GRADIENT_FROM_SHIFT.verdict(function))
+
+
+def check_modulate(function: Function) -> None:
+    """``modulate(n, t_s, t_b, z_s, z_b)``: activations (B, C, H, W), scales and shifts (B, C), to activations."""
+    print(MODULATE.verdict(function))

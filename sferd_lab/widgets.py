@@ -24,6 +24,8 @@ from sferd_lab.denoiser import Denoiser
 from sferd_lab.diffusion import HALF_PI, add_noise, log_snr
 from sferd_lab.guidance import default_layer, gaussian_blur, guidance_mask, guide
 from sferd_lab.plots import PALETTE, show_grid
+from sferd_lab.sample import sample
+from sferd_lab.semantic import SemanticDenoiser
 
 
 def explore(draw: Callable[..., Figure], tell: Callable[..., str], **controls: ipywidgets.Widget) -> ipywidgets.Widget | None:
@@ -118,3 +120,28 @@ def guidance_explorer(teacher: Denoiser, images: Tensor, t: float = 0.6, form: s
         threshold=ipywidgets.FloatSlider(value=1.0, min=low, max=high, step=0.05, description="threshold"),
         sigma=ipywidgets.FloatSlider(value=1.0, min=0.3, max=3, step=0.1, description="blur"),
     )
+
+
+def code_explorer(pair: SemanticDenoiser, one: Tensor, other: Tensor, count: int = 8, seed: int = 0) -> ipywidgets.Widget | None:
+    """A walk from the code of the image ``one`` (1, C, H, W) to that of ``other``: what ``pair`` draws in a step from ``count`` noises."""
+    with torch.inference_mode():
+        ends = pair.encoder(torch.cat([one, other]))
+
+    def drawn(share: float) -> Tensor:
+        z = torch.lerp(ends[0], ends[1], share).expand(count, -1)
+        return sample(pair, count, one.shape[1:], 1, seed=seed, condition={"z": z}).images
+
+    def draw(share: float) -> Figure:
+        figure, (left, middle, right) = plt.subplots(1, 3, figsize=(8, 1.6), width_ratios=(1, count, 1), layout="constrained")
+        show_grid(left, one, 1, "one")
+        show_grid(middle, drawn(share), count, f"{share:.0%} of the way, {count} noises")
+        show_grid(right, other, 1, "other")
+        return figure
+
+    def tell(share: float) -> str:
+        mean = drawn(share).mean(0)
+        near = [(mean - image[0]).square().mean().item() for image in (one, other)]
+        walked = f"{share:.0%} of the way from one code to the other"
+        return f"{walked}: the mean drawing differs from one by {near[0]:.2f}, from other by {near[1]:.2f}."
+
+    return explore(draw, tell, share=ipywidgets.FloatSlider(value=0.5, min=0, max=1, step=0.05, description="share"))

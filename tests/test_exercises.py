@@ -52,6 +52,12 @@ def test_every_check_is_used_in_a_notebook() -> None:
 
 
 cos, sin = math.cos, math.sin
+
+
+def spread(part: torch.Tensor) -> torch.Tensor:
+    return part[:, :, None, None]
+
+
 WRONG = {
     "add_noise": [
         (lambda x0, eps, phi: sin(phi) * x0 + cos(phi) * eps, "sine and cosine are exchanged"),
@@ -107,6 +113,17 @@ WRONG = {
     "guided_x0": [
         (lambda x0, x0_from_blurred, w: x0 + w * (x0_from_blurred - x0), "this moves towards"),
         (lambda x0, x0_from_blurred, w: x0_from_blurred + w * (x0 - x0_from_blurred), "this is the authors' scale"),
+    ],
+    "gradient_from_shift": [
+        (lambda h, phi: cos(phi) / sin(phi) * h, "the sign is missing"),
+        (lambda h, phi: -sin(phi) * h, "this is how far the image moves"),
+        (lambda h, phi: -sin(phi) / cos(phi) * h, "the factor is upside down"),
+    ],
+    "modulate": [
+        (lambda n, t_s, t_b, z_s, z_b: spread(z_s) * (spread(t_s) * n + spread(t_b)) + spread(z_b), "the ones are missing"),
+        (lambda n, t_s, t_b, z_s, z_b: (1 + spread(t_s)) * ((1 + spread(z_s)) * n + spread(z_b)) + spread(t_b), "exchanged"),
+        (lambda n, t_s, t_b, z_s, z_b: (1 + spread(t_s)) * n + spread(t_b), "the code is not used"),
+        (lambda n, t_s, t_b, z_s, z_b: (1 + t_s) * n, "your function raised RuntimeError"),
     ],
     "angle_of_alpha_bar": [
         (lambda alpha_bar: torch.acos(alpha_bar), "the root is missing"),

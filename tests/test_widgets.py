@@ -6,6 +6,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 
+import re
 import time
 
 import ipywidgets
@@ -81,3 +82,16 @@ def test_the_guidance_explorer_says_what_guidance_changes(shown: list[object], m
     started = time.perf_counter()
     weight.value = 1.5
     assert time.perf_counter() - started < 5  # half a second on quiet cores
+
+
+def test_the_code_explorer_walks_from_one_image_to_the_other(shown: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SFERD_LAB_WIDGETS", raising=False)
+    pair, images = sferd_lab.load("digits/pd-sgp-1").denoiser, load_images("digits").reference.images
+    share, picture = widgets.code_explorer(pair, images[3:4], images[5:6]).children
+    differences = []
+    for value in (0.0, 1.0):
+        share.value = value
+        found = re.search(r"differs from one by (\d+\.\d+), from other by (\d+\.\d+)", picture.value)
+        differences.append((float(found[1]), float(found[2])))
+    assert differences[0][0] < differences[0][1]
+    assert differences[1][1] < differences[1][0]
