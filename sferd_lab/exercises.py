@@ -265,6 +265,32 @@ MODULATE = Exercise(
 )
 
 
+def _heun(generator: torch.Generator) -> tuple[object, ...]:
+    return _images(generator), _images(generator), _images(generator), _angle(generator, 0.2, 1.2)
+
+
+HEUN_VELOCITY = Exercise(
+    lambda v1, v2, x_mid, delta: (v1 + _turned(v2, x_mid, delta)) / 2,
+    _heun,
+    {
+        "this is the plain mean: v2 is measured in a frame that has turned by delta, and must be turned back first.": (
+            lambda v1, v2, x_mid, delta: (v1 + v2) / 2
+        ),
+        "v2 is turned the wrong way.": lambda v1, v2, x_mid, delta: (v1 + _turned(v2, x_mid, -delta)) / 2,
+        "this is the second velocity; the mean with the first is missing.": lambda v1, v2, x_mid, delta: _turned(v2, x_mid, delta),
+        "this is the sum of both, not the mean.": lambda v1, v2, x_mid, delta: v1 + _turned(v2, x_mid, delta),
+    },
+)
+ANGLES_OF_A_WALK = Exercise(
+    lambda steps: (math.pi / 2) * (1 - torch.arange(steps + 1, dtype=torch.float64) / steps),
+    lambda generator: (int(torch.randint(2, 9, (), generator=generator)),),
+    {
+        "these go up: a walk starts at noise, pi/2, and ends at 0.": lambda steps: torch.linspace(0, math.pi / 2, steps + 1),
+        "these run from 1 to 0: angles run from pi/2.": lambda steps: torch.linspace(1, 0, steps + 1),
+    },
+)
+
+
 def check_add_noise(function: Function) -> None:
     """``add_noise(x0, eps, phi)``: images (B, ...), noise of the same shape and an angle, to the noised images."""
     print(ADD_NOISE.verdict(function))
@@ -328,3 +354,13 @@ def check_gradient_from_shift(function: Function) -> None:
 def check_modulate(function: Function) -> None:
     """``modulate(n, t_s, t_b, z_s, z_b)``: activations (B, C, H, W), scales and shifts (B, C), to activations."""
     print(MODULATE.verdict(function))
+
+
+def check_heun_velocity(function: Function) -> None:
+    """``heun_velocity(v1, v2, x_mid, delta)``: two velocities (B, ...), the place of the second, and the step's length."""
+    print(HEUN_VELOCITY.verdict(function))
+
+
+def check_angles_of_a_walk(function: Function) -> None:
+    """``angles_of_a_walk(steps)``: a number of steps to angles (steps + 1,)."""
+    print(ANGLES_OF_A_WALK.verdict(function))

@@ -21,10 +21,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from sferd_lab.denoiser import Denoiser
-from sferd_lab.diffusion import HALF_PI, add_noise, log_snr
+from sferd_lab.diffusion import HALF_PI, add_noise, angle_grid, log_snr
 from sferd_lab.guidance import default_layer, gaussian_blur, guidance_mask, guide
-from sferd_lab.plots import PALETTE, show_grid
-from sferd_lab.sample import sample
+from sferd_lab.plots import PALETTE, show_grid, trajectory
+from sferd_lab.sample import SAMPLERS, SampleNoise, State, sample
 from sferd_lab.semantic import SemanticDenoiser
 
 
@@ -81,6 +81,36 @@ def noise_explorer(images: Tensor, seed: int = 0) -> ipywidgets.Widget | None:
 
     slider = ipywidgets.FloatSlider(value=0.5, min=0, max=1, step=0.05, description="t")
     return explore(draw, tell, t=slider)
+
+
+def sampler_explorer(denoiser: Denoiser, shape: tuple[int, int, int], seed: int = 0) -> ipywidgets.Widget | None:
+    """One walk from noise to an image of ``shape`` (C, H, W), by a sampler and with a number of steps of choice."""
+
+    def walk(sampler: str, steps: int) -> list[State]:
+        noise = SampleNoise(seed, 1)
+        with torch.inference_mode():
+            return list(SAMPLERS[sampler](denoiser, noise.draw(shape), angle_grid(steps, denoiser.phi_hi), noise))
+
+    def draw(sampler: str, steps: int) -> Figure:
+        states = walk(sampler, steps)
+        # At most nine of them, first and last included.
+        shown = sorted({round(place) for place in torch.linspace(0, steps, min(steps + 1, 9)).tolist()})
+        predictions = [states[place + 1].prediction.x0 for place in shown[:-1]]
+        return trajectory([states[place].x for place in shown], predictions, [states[place].phi for place in shown])
+
+    def tell(sampler: str, steps: int) -> str:
+        before = denoiser.nfe().total()
+        states = walk(sampler, steps)
+        spent = denoiser.nfe().total() - before
+        changed = (states[1].prediction.x0 - states[-1].x).square().mean().sqrt().item()
+        return f"{sampler}, {steps} steps, {spent} evaluations: the first guess and the image differ by {changed:.2f}."
+
+    return explore(
+        draw,
+        tell,
+        sampler=ipywidgets.Dropdown(value="ddim", options=sorted(SAMPLERS), description="sampler"),
+        steps=ipywidgets.IntSlider(value=8, min=1, max=64, description="steps"),
+    )
 
 
 def guidance_explorer(teacher: Denoiser, images: Tensor, t: float = 0.6, form: str = "x0", seed: int = 0) -> ipywidgets.Widget | None:

@@ -125,6 +125,17 @@ WRONG = {
         (lambda n, t_s, t_b, z_s, z_b: (1 + spread(t_s)) * n + spread(t_b), "the code is not used"),
         (lambda n, t_s, t_b, z_s, z_b: (1 + t_s) * n, "your function raised RuntimeError"),
     ],
+    "heun_velocity": [
+        (lambda v1, v2, x_mid, delta: (v1 + v2) / 2, "this is the plain mean"),
+        (lambda v1, v2, x_mid, delta: (v1 + cos(delta) * v2 + sin(delta) * x_mid) / 2, "v2 is turned the wrong way"),
+        (lambda v1, v2, x_mid, delta: cos(delta) * v2 - sin(delta) * x_mid, "the mean with the first is missing"),
+        (lambda v1, v2, x_mid, delta: v1 + cos(delta) * v2 - sin(delta) * x_mid, "this is the sum of both"),
+    ],
+    "angles_of_a_walk": [
+        (lambda steps: torch.linspace(0, math.pi / 2, steps + 1), "these go up"),
+        (lambda steps: torch.linspace(1, 0, steps + 1), "these run from 1 to 0"),
+        (lambda steps: torch.linspace(math.pi / 2, 0, steps), "your result has shape"),
+    ],
     "angle_of_alpha_bar": [
         (lambda alpha_bar: torch.acos(alpha_bar), "the root is missing"),
         (lambda alpha_bar: torch.asin(alpha_bar.sqrt()), "the angle from the other end"),

@@ -95,3 +95,15 @@ def test_the_code_explorer_walks_from_one_image_to_the_other(shown: list[object]
         differences.append((float(found[1]), float(found[2])))
     assert differences[0][0] < differences[0][1]
     assert differences[1][1] < differences[1][0]
+
+
+def test_the_sampler_explorer_counts_what_a_walk_costs(shown: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SFERD_LAB_WIDGETS", raising=False)
+    sampler, steps, picture = widgets.sampler_explorer(sferd_lab.load("digits/teacher").denoiser, (1, 8, 8)).children
+    assert "ddim, 8 steps, 8 evaluations" in picture.value
+    steps.value = 1
+    assert "ddim, 1 steps, 1 evaluations: the first guess and the image differ by 0.00." in picture.value
+    steps.value = 20
+    for name in sampler.options:
+        sampler.value = name
+        assert f"{name}, 20 steps, {39 if name == 'heun' else 20} evaluations" in picture.value
