@@ -291,6 +291,28 @@ ANGLES_OF_A_WALK = Exercise(
 )
 
 
+VELOCITY = Exercise(
+    lambda x0, eps, phi: _turned(eps, x0, phi),
+    _two_images_and_an_angle,
+    {
+        "this is the noised image itself, not how it changes.": lambda x0, eps, phi: _turned(x0, eps, -phi),
+        "the sign of x0 is wrong: as noise grows, the image fades.": lambda x0, eps, phi: _turned(eps, x0, -phi),
+        "this is the velocity back towards the image: signs are exchanged.": lambda x0, eps, phi: -_turned(eps, x0, phi),
+        "this is eps - x0, the velocity along a straight line. On the circle it depends on the angle.": lambda x0, eps, phi: eps - x0,
+    },
+)
+MOVING_AVERAGE = Exercise(
+    lambda average, weights, decay: torch.lerp(weights, average, decay),
+    lambda generator: (_images(generator), _images(generator), 0.6 + 0.35 * torch.rand((), generator=generator).item()),
+    {
+        "average and weights are exchanged: with decay near 1 the average should hardly move.": lambda average, weights, decay: torch.lerp(
+            average, weights, decay
+        ),
+        "the shares do not add up to 1: the average would grow.": lambda average, weights, decay: decay * average + weights,
+    },
+)
+
+
 def check_add_noise(function: Function) -> None:
     """``add_noise(x0, eps, phi)``: images (B, ...), noise of the same shape and an angle, to the noised images."""
     print(ADD_NOISE.verdict(function))
@@ -364,3 +386,13 @@ def check_heun_velocity(function: Function) -> None:
 def check_angles_of_a_walk(function: Function) -> None:
     """``angles_of_a_walk(steps)``: a number of steps to angles (steps + 1,)."""
     print(ANGLES_OF_A_WALK.verdict(function))
+
+
+def check_velocity(function: Function) -> None:
+    """``velocity(x0, eps, phi)``: images (B, ...), noise and an angle, to the derivative of the noised image by the angle."""
+    print(VELOCITY.verdict(function))
+
+
+def check_moving_average(function: Function) -> None:
+    """``moving_average(average, weights, decay)``: the average so far and new weights to the new average."""
+    print(MOVING_AVERAGE.verdict(function))

@@ -136,6 +136,16 @@ WRONG = {
         (lambda steps: torch.linspace(1, 0, steps + 1), "these run from 1 to 0"),
         (lambda steps: torch.linspace(math.pi / 2, 0, steps), "your result has shape"),
     ],
+    "velocity": [
+        (lambda x0, eps, phi: cos(phi) * x0 + sin(phi) * eps, "this is the noised image itself"),
+        (lambda x0, eps, phi: cos(phi) * eps + sin(phi) * x0, "the sign of x0 is wrong"),
+        (lambda x0, eps, phi: sin(phi) * x0 - cos(phi) * eps, "signs are exchanged"),
+        (lambda x0, eps, phi: eps - x0, "along a straight line"),
+    ],
+    "moving_average": [
+        (lambda average, weights, decay: (1 - decay) * average + decay * weights, "average and weights are exchanged"),
+        (lambda average, weights, decay: decay * average + weights, "the shares do not add up to 1"),
+    ],
     "angle_of_alpha_bar": [
         (lambda alpha_bar: torch.acos(alpha_bar), "the root is missing"),
         (lambda alpha_bar: torch.asin(alpha_bar.sqrt()), "the angle from the other end"),
