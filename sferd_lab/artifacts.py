@@ -52,7 +52,7 @@ def save_model(path: Path | str, model: Model, info: dict[str, Any]) -> None:
 def load_model(path: Path | str) -> tuple[Model, dict[str, Any]]:
     """The model of a file written by ``save_model``, in evaluation mode, and its info. Raises SferdError for any other file.
 
-    Weights stored in half precision, as large shipped ones are, come back in single.
+    Weights stored in half precision, as shipped students are, come back in single.
     """
     tensors, info = load_tensors(path)
     tensors = {name: tensor.float() if tensor.dtype == torch.float16 else tensor for name, tensor in tensors.items()}

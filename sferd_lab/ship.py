@@ -20,9 +20,7 @@ from sferd_lab.errors import SferdError
 from sferd_lab.experiment import Run, provenance, read_table
 from sferd_lab.files import load_tensors, read_json, replacing, save_tensors, sha256, write_json
 from sferd_lab.metrics import accuracy, extract, load_feature_network, save_feature_network, train_feature_network
-from sferd_lab.semantic import SemanticDenoiser
 
-LARGEST = 4 * 2**20
 # The feature network behind all scores, and another one to ask whether a verdict is the first one's own.
 FEATURES: dict[str, dict[str, int]] = {"features": {}, "second-features": {"dim": 32, "seed": 1}}
 
@@ -79,24 +77,19 @@ def ship(preset: str, **parameters: object) -> None:
 
 
 def ship_students(folder: str, *stages: str) -> None:
-    """Ship the students ``stages`` of a finished run beside their data set's teacher, a conditional pair with the prior of its codes.
+    """Ship the students ``stages`` of a finished run beside their data set's teacher, in half precision, which keeps the wheel small.
 
-    A file above ``LARGEST`` bytes is stored in half precision.
+    A conditional pair brings the prior of its codes.
     """
     weights = Path(folder) / "weights"
     target = shipped_folder() / load_model(weights / f"{stages[0]}.safetensors")[1]["data"]
     for stage in stages:
-        files = {stage: weights / f"{stage}.safetensors"}
-        if isinstance(load_model(files[stage])[0], SemanticDenoiser):
-            files[f"{stage}-prior"] = weights / "teacher-sgp-prior.safetensors"
-        for name, file in files.items():
-            if file.stat().st_size > LARGEST:
-                tensors, info = load_tensors(file)
-                halves = {key: tensor.half() if tensor.dtype == torch.float32 else tensor for key, tensor in tensors.items()}
-                save_tensors(target / f"{name}.safetensors", halves, {**info, "stored": "float16"})
-            else:
-                with replacing(target / f"{name}.safetensors") as temporary:
-                    temporary.write_bytes(file.read_bytes())
+        tensors, info = load_tensors(weights / f"{stage}.safetensors")
+        halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+        save_tensors(target / f"{stage}.safetensors", halves, {**info, "stored": "float16"})
+        if info["kind"] == "semantic":
+            with replacing(target / f"{stage}-prior.safetensors") as temporary:
+                temporary.write_bytes((weights / "teacher-sgp-prior.safetensors").read_bytes())
     students = {file.stem: sha256(file) for file in sorted(target.glob("*.safetensors")) if file.stem.startswith(("pd", "cd"))}
     write_json(target / "students.json", {"sha256": students, **read_json(Path(folder) / "config.json")})
 

@@ -11,7 +11,6 @@ import html
 import io
 import os
 from collections.abc import Callable
-from typing import Any
 
 import ipywidgets
 import matplotlib.pyplot as plt
@@ -24,29 +23,29 @@ from sferd_lab.denoiser import Denoiser
 from sferd_lab.diffusion import HALF_PI, add_noise, angle_grid, log_snr
 from sferd_lab.guidance import default_layer, gaussian_blur, guidance_mask, guide
 from sferd_lab.plots import PALETTE, show_grid, trajectory
-from sferd_lab.sample import SAMPLERS, SampleNoise, State, sample
+from sferd_lab.sample import SAMPLERS, SampleNoise, sample
 from sferd_lab.semantic import SemanticDenoiser
 
 
-def explore(draw: Callable[..., Figure], tell: Callable[..., str], **controls: ipywidgets.Widget) -> ipywidgets.Widget | None:
-    """Show ``draw(**values)`` and ``tell(**values)``, again whenever one of the ``controls`` moves; give what holds them all, if shown."""
+def explore(show: Callable[..., tuple[Figure, str]], **controls: ipywidgets.Widget) -> ipywidgets.Widget | None:
+    """Display picture and words of ``show(**values)``, again whenever one of the ``controls`` moves; give what holds them all, if shown."""
 
-    def values() -> dict[str, Any]:
-        return {name: control.value for name, control in controls.items()}
+    def shown() -> tuple[Figure, str]:
+        figure, words = show(**{name: control.value for name, control in controls.items()})
+        plt.close(figure)  # or the notebook would show it once more
+        return figure, words
 
     if os.environ.get("SFERD_LAB_WIDGETS") == "0":
-        figure = draw(**values())
+        figure, words = shown()
         display(figure)
-        plt.close(figure)
-        print(tell(**values()))
+        print(words)
         return None
     picture = ipywidgets.HTML()
 
     def update(_: object = None) -> None:
-        figure, words, png = draw(**values()), html.escape(tell(**values())), io.BytesIO()
+        (figure, words), png = shown(), io.BytesIO()
         figure.savefig(png, format="png", dpi=90)
-        plt.close(figure)
-        source = base64.b64encode(png.getvalue()).decode()
+        source, words = base64.b64encode(png.getvalue()).decode(), html.escape(words)
         # The description stands below the picture and is what a screen reader says of it.
         picture.value = f'<img src="data:image/png;base64,{source}" alt="{words}"><p>{words}</p>'
 
@@ -63,8 +62,8 @@ def noise_explorer(images: Tensor, seed: int = 0) -> ipywidgets.Widget | None:
     eps = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
     grid = torch.linspace(0, HALF_PI, 200)
 
-    def draw(t: float) -> Figure:
-        phi = t * HALF_PI
+    def show(t: float) -> tuple[Figure, str]:
+        phi = torch.tensor(t * HALF_PI, dtype=torch.float64)
         figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.6), width_ratios=(2, 1.3), layout="constrained")
         show_grid(left, torch.cat([images, add_noise(images, eps, phi)]), len(images), "above: x0, below: noised")
         right.plot(grid / HALF_PI, grid.cos(), color=PALETTE[0], label="signal: cos")
@@ -72,42 +71,29 @@ def noise_explorer(images: Tensor, seed: int = 0) -> ipywidgets.Widget | None:
         right.axvline(t, color="black", lw=0.8)
         right.set_xlabel("t")
         right.legend(fontsize=8)
-        return figure
-
-    def tell(t: float) -> str:
-        phi = torch.tensor(t * HALF_PI, dtype=torch.float64)
         ratio = f"{log_snr(phi).item():.1f}" if 0 < t < 1 else "infinite" if t == 0 else "minus infinity"
-        return f"t = {t:.2f}: the image counts {phi.cos().item():.2f}, the noise {phi.sin().item():.2f}; log SNR {ratio}."
+        return figure, f"t = {t:.2f}: the image counts {phi.cos().item():.2f}, the noise {phi.sin().item():.2f}; log SNR {ratio}."
 
     slider = ipywidgets.FloatSlider(value=0.5, min=0, max=1, step=0.05, description="t")
-    return explore(draw, tell, t=slider)
+    return explore(show, t=slider)
 
 
 def sampler_explorer(denoiser: Denoiser, shape: tuple[int, int, int], seed: int = 0) -> ipywidgets.Widget | None:
     """One walk from noise to an image of ``shape`` (C, H, W), by a sampler and with a number of steps of choice."""
 
-    def walk(sampler: str, steps: int) -> list[State]:
-        noise = SampleNoise(seed, 1)
+    def show(sampler: str, steps: int) -> tuple[Figure, str]:
+        noise, before = SampleNoise(seed, 1), denoiser.nfe().total()
         with torch.inference_mode():
-            return list(SAMPLERS[sampler](denoiser, noise.draw(shape), angle_grid(steps, denoiser.phi_hi), noise))
-
-    def draw(sampler: str, steps: int) -> Figure:
-        states = walk(sampler, steps)
+            states = list(SAMPLERS[sampler](denoiser, noise.draw(shape), angle_grid(steps, denoiser.phi_hi), noise))
         # At most nine of them, first and last included.
-        shown = sorted({round(place) for place in torch.linspace(0, steps, min(steps + 1, 9)).tolist()})
-        predictions = [states[place + 1].prediction.x0 for place in shown[:-1]]
-        return trajectory([states[place].x for place in shown], predictions, [states[place].phi for place in shown])
-
-    def tell(sampler: str, steps: int) -> str:
-        before = denoiser.nfe().total()
-        states = walk(sampler, steps)
-        spent = denoiser.nfe().total() - before
-        changed = (states[1].prediction.x0 - states[-1].x).square().mean().sqrt().item()
-        return f"{sampler}, {steps} steps, {spent} evaluations: the first guess and the image differ by {changed:.2f}."
+        places = sorted({round(place) for place in torch.linspace(0, steps, min(steps + 1, 9)).tolist()})
+        predictions = [states[place + 1].prediction.x0 for place in places[:-1]]
+        figure = trajectory([states[place].x for place in places], predictions, [states[place].phi for place in places])
+        spent, changed = denoiser.nfe().total() - before, (predictions[0] - states[-1].x).square().mean().sqrt().item()
+        return figure, f"{sampler}, {steps} steps, {spent} evaluations: the first guess and the image differ by {changed:.2f}."
 
     return explore(
-        draw,
-        tell,
+        show,
         sampler=ipywidgets.Dropdown(value="ddim", options=sorted(SAMPLERS), description="sampler"),
         steps=ipywidgets.IntSlider(value=8, min=1, max=64, description="steps"),
     )
@@ -121,31 +107,24 @@ def guidance_explorer(teacher: Denoiser, images: Tensor, t: float = 0.6, form: s
         first = teacher(x, phi, [layer])
     received = first.attention[layer].received()
 
-    def look(w: float, threshold: float, sigma: float) -> tuple[Tensor, Tensor]:
+    def show(w: float, threshold: float, sigma: float) -> tuple[Figure, str]:
         with torch.inference_mode():
             mask = guidance_mask(first.attention[layer], first.x0, threshold)
-            return mask, guide(teacher, first, x, phi, mask, w, form, 5, sigma).x0
-
-    def draw(**values: float) -> Figure:
-        mask, guided = look(**values)
-        blurred = mask * gaussian_blur(first.x0, 5, values["sigma"]) + (1 - mask) * first.x0
+            guided = guide(teacher, first, x, phi, mask, w, form, 5, sigma).x0
+        blurred = mask * gaussian_blur(first.x0, 5, sigma) + (1 - mask) * first.x0
         figure, grid = plt.subplots(1, 4, figsize=(10, 2.7), layout="constrained")
-        shown = {"guess": first.x0, "mask": 2 * mask - 1, "blurred where masked": blurred, f"guided, form {form}": guided}
-        for axes, (name, picture) in zip(grid, shown.items(), strict=True):
+        pictures = {"guess": first.x0, "mask": 2 * mask - 1, "blurred where masked": blurred, f"guided, form {form}": guided}
+        for axes, (name, picture) in zip(grid, pictures.items(), strict=True):
             show_grid(axes, picture, 4, name)
-        return figure
-
-    def tell(**values: float) -> str:
-        mask, guided = look(**values)
         moved = (guided - first.x0).square().mean().sqrt().item()
-        settings = f"weight {values['w']:.1f}, threshold {values['threshold']:.2f}, blur {values['sigma']:.1f} pixels"
-        return f"{settings}: {mask.mean().item():.0%} of the image is masked, and guidance moves a pixel by {moved:.3f} (root mean square)."
+        settings = f"weight {w:.1f}, threshold {threshold:.2f}, blur {sigma:.1f} pixels"
+        changes = f"{mask.mean().item():.0%} of the image is masked, and guidance moves a pixel by {moved:.3f} (root mean square)"
+        return figure, f"{settings}: {changes}."
 
     # Within these bounds the mask is neither empty nor everything.
     low, high = received.min().item() + 0.01, received.max().item() - 0.01
     return explore(
-        draw,
-        tell,
+        show,
         w=ipywidgets.FloatSlider(value=1.0, min=0, max=3, step=0.1, description="weight"),
         threshold=ipywidgets.FloatSlider(value=1.0, min=low, max=high, step=0.05, description="threshold"),
         sigma=ipywidgets.FloatSlider(value=1.0, min=0.3, max=3, step=0.1, description="blur"),
@@ -157,21 +136,15 @@ def code_explorer(pair: SemanticDenoiser, one: Tensor, other: Tensor, count: int
     with torch.inference_mode():
         ends = pair.encoder(torch.cat([one, other]))
 
-    def drawn(share: float) -> Tensor:
+    def show(share: float) -> tuple[Figure, str]:
         z = torch.lerp(ends[0], ends[1], share).expand(count, -1)
-        return sample(pair, count, one.shape[1:], 1, seed=seed, condition={"z": z}).images
-
-    def draw(share: float) -> Figure:
+        drawn = sample(pair, count, one.shape[1:], 1, seed=seed, condition={"z": z}).images
         figure, (left, middle, right) = plt.subplots(1, 3, figsize=(8, 1.6), width_ratios=(1, count, 1), layout="constrained")
         show_grid(left, one, 1, "one")
-        show_grid(middle, drawn(share), count, f"{share:.0%} of the way, {count} noises")
+        show_grid(middle, drawn, count, f"{share:.0%} of the way, {count} noises")
         show_grid(right, other, 1, "other")
-        return figure
-
-    def tell(share: float) -> str:
-        mean = drawn(share).mean(0)
-        near = [(mean - image[0]).square().mean().item() for image in (one, other)]
+        near = [(drawn.mean(0) - image[0]).square().mean().item() for image in (one, other)]
         walked = f"{share:.0%} of the way from one code to the other"
-        return f"{walked}: the mean drawing differs from one by {near[0]:.2f}, from other by {near[1]:.2f}."
+        return figure, f"{walked}: the mean drawing differs from one by {near[0]:.2f}, from other by {near[1]:.2f}."
 
-    return explore(draw, tell, share=ipywidgets.FloatSlider(value=0.5, min=0, max=1, step=0.05, description="share"))
+    return explore(show, share=ipywidgets.FloatSlider(value=0.5, min=0, max=1, step=0.05, description="share"))

@@ -14,11 +14,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from sferd_lab import ship
 from sferd_lab.artifacts import Model, Pretrained, load, load_model, save_model, seeded, shipped_folder
 from sferd_lab.data import load_images
 from sferd_lab.denoiser import NetworkDenoiser
 from sferd_lab.errors import SferdError
-from sferd_lab.files import load_tensors, save_tensors
+from sferd_lab.files import load_tensors, read_json, save_tensors, sha256, write_json
 from sferd_lab.metrics import extract, frechet_distance, load_feature_network
 from sferd_lab.sample import sample
 from sferd_lab.semantic import DiffusionPrior, LatentDenoiser, MixturePrior, SemanticDenoiser
@@ -257,6 +258,27 @@ def test_a_pair_draws_its_codes_from_the_prior_that_lies_beside_it_unless_told_o
     assert torch.equal(model.sample(3, 1, condition=told), sample(model.denoiser, 3, (1, 8, 8), 1, condition=told).images)
 
 
+def test_students_are_shipped_with_what_they_need_and_their_hashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, weights = tmp_path / "run", tmp_path / "run" / "weights"
+    pair = MODELS["semantic"]()
+    save_model(weights / "pd-1.safetensors", MODELS["network"](), INFO)
+    save_model(weights / "pd-sgp-1.safetensors", pair, INFO)
+    save_model(weights / "teacher-sgp-prior.safetensors", mixture_prior(), INFO)
+    write_json(run / "config.json", {"settings": {"seed": 7}})
+    monkeypatch.setattr(ship, "shipped_folder", lambda: tmp_path / "data")
+    ship.ship_students(str(run), "pd-1", "pd-sgp-1")
+    folder = tmp_path / "data" / "digits"
+    assert {file.name for file in folder.iterdir()} == {
+        *("pd-1.safetensors", "pd-sgp-1.safetensors", "pd-sgp-1-prior.safetensors", "students.json")
+    }
+    about = read_json(folder / "students.json")
+    assert about["settings"] == {"seed": 7}
+    assert about["sha256"] == {file.stem: sha256(file) for file in folder.glob("*.safetensors")}
+    shipped = load(folder / "pd-sgp-1.safetensors")
+    torch.testing.assert_close(output(shipped.denoiser), output(pair), rtol=0.02, atol=0.02)
+    assert torch.equal(output(shipped.prior), output(mixture_prior()))
+
+
 def test_the_shipped_students_draw_digits_in_one_step() -> None:
     network, _ = load_feature_network(shipped_folder() / "digits" / "features.safetensors")
     real = extract(network, load_images("digits").reference.images)
@@ -310,7 +332,7 @@ def test_the_wheel_holds_the_shipped_files_and_works_from_anywhere(tmp_path: Pat
     # Nothing else: no raw downloads, no tests, no runs.
     assert all(name.startswith(("sferd_lab/", "sferd_lab-")) for name in names)
     assert not any("fashion-mnist/" in name or "ubyte" in name or "__pycache__" in name for name in names)
-    assert wheel.stat().st_size < 16 * 2**20
+    assert wheel.stat().st_size < 8 * 2**20
     # From another folder, and with the unpacked wheel before anything that is installed.
     (tmp_path / "empty").mkdir()
     code = "import sferd_lab; print(sferd_lab.__file__); print(sferd_lab.load('digits/teacher').sample(2, 2, 0).flatten().tolist())"

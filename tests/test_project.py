@@ -98,7 +98,10 @@ def test_papermill_stops_at_an_unknown_or_impossible_parameter(tmp_path: Path) -
 def test_shipped_files_are_what_their_record_says(name: str) -> None:
     folder = shipped_folder() / name
     made = json.loads((folder / "made.json").read_text())
-    for part, digest in made["sha256"].items():
+    students = json.loads((folder / "students.json").read_text())
+    named = {*made["sha256"], *students["sha256"], *(f"{name}-prior" for name in students["sha256"])}
+    assert {file.stem for file in folder.glob("*.safetensors")} <= named | {"second-features"}
+    for part, digest in (made["sha256"] | students["sha256"]).items():
         assert sha256(folder / f"{part}.safetensors") == digest
     teacher, info = load_model(folder / "teacher.safetensors")
     settings = made["settings"]

@@ -62,7 +62,7 @@ def test_without_widgets_there_are_a_figure_and_a_sentence(
 
 def test_words_are_text_not_markup(shown: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SFERD_LAB_WIDGETS", raising=False)
-    box = widgets.explore(lambda n: plt.figure(figsize=(1, 1)), lambda n: f'"{n}" < 3 & more', n=ipywidgets.IntSlider(value=2))
+    box = widgets.explore(lambda n: (plt.figure(figsize=(1, 1)), f'"{n}" < 3 & more'), n=ipywidgets.IntSlider(value=2))
     assert 'alt="&quot;2&quot; &lt; 3 &amp; more"' in box.children[-1].value
 
 
