@@ -10,19 +10,23 @@ import base64
 import html
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import ipywidgets
 import matplotlib.pyplot as plt
+import pandas as pd
 import torch
 from IPython.display import display
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from sferd_lab.analysis.bias_variance import decompose
+from sferd_lab.analysis.spatial import attention_maps, error_map, mean_interval, spearman, to_grid
+from sferd_lab.artifacts import Pretrained
 from sferd_lab.denoiser import Denoiser
 from sferd_lab.diffusion import HALF_PI, add_noise, angle_grid, log_snr
 from sferd_lab.guidance import default_layer, gaussian_blur, guidance_mask, guide
-from sferd_lab.plots import PALETTE, show_grid, trajectory
+from sferd_lab.plots import PALETTE, maps_row, same_noise_rows, show_grid, term_bars, trajectory
 from sferd_lab.sample import SAMPLERS, SampleNoise, sample
 from sferd_lab.semantic import SemanticDenoiser
 
@@ -148,3 +152,67 @@ def code_explorer(pair: SemanticDenoiser, one: Tensor, other: Tensor, count: int
         return figure, f"{walked}: the mean drawing differs from one by {near[0]:.2f}, from other by {near[1]:.2f}."
 
     return explore(show, share=ipywidgets.FloatSlider(value=0.5, min=0, max=1, step=0.05, description="share"))
+
+
+def students_explorer(models: Mapping[str, tuple[Pretrained, int]], count: int = 8) -> ipywidgets.Widget | None:
+    """What ``models``, each with a number of steps, make of the same ``count`` noises; the first is what the others are compared with."""
+
+    def show(noise: int) -> tuple[Figure, str]:
+        drawn = {name: model.sample(count, steps, seed=noise) for name, (model, steps) in models.items()}
+        first, *others = drawn
+        apart = {name: (drawn[name] - drawn[first]).square().mean().sqrt().item() for name in others}
+        distances = ", ".join(f"{name} by {value:.2f}" for name, value in apart.items())
+        return same_noise_rows(drawn, count), f"noise {noise}: from {first} differ, root mean square, {distances}."
+
+    return explore(show, noise=ipywidgets.IntSlider(value=1, min=1, max=50, description="noise"))
+
+
+def error_explorer(denoiser: Denoiser, images: Tensor, which: int = 0, seed: int = 0) -> ipywidgets.Widget | None:
+    """Where ``denoiser``'s guess of image ``which`` is wrong, beside what a layer attends to, at a noise level t and layer of choice.
+
+    The rank correlation is over all ``images`` (N, C, H, W), at the layer's resolution.
+    """
+    eps = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+
+    def show(t: float, layer: str) -> tuple[Figure, str]:
+        phi = t * HALF_PI
+        x = add_noise(images, eps, phi)
+        with torch.inference_mode():
+            guess = denoiser(x, phi).x0
+        error, attention = error_map(guess, images), attention_maps(denoiser, x, phi, [layer])[layer]
+        pooled = to_grid(error, attention.shape[1:])
+        shown = {"image": images[which].mean(0).numpy(), "noised": x[which].mean(0).numpy(), "guess": guess[which].mean(0).numpy()}
+        figure = maps_row(shown | {"squared error": error[which], f"attention, {layer}": attention[which]})
+        value, low, high, count = mean_interval(spearman(attention, pooled))
+        agreement = f"rank correlation of attention and error {value:.2f} [{low:.2f}, {high:.2f}] over {count} images"
+        return figure, f"t = {t:.2f}, {layer}: mean squared error {error.mean():.3f}, here {error[which].mean():.3f}; {agreement}."
+
+    layers = denoiser.attention_layers
+    return explore(
+        show,
+        t=ipywidgets.FloatSlider(value=0.5, min=0.1, max=1, step=0.1, description="t", continuous_update=False),
+        layer=ipywidgets.Dropdown(value=default_layer(layers), options=layers, description="layer"),
+    )
+
+
+def ensemble_explorer(students: Tensor, teachers: Tensor, m: Tensor) -> ipywidgets.Widget | None:
+    """The decomposition of ``decompose(students, teachers, m)`` from the first K teachers and M students of each, of choice."""
+
+    def show(k: int, m_students: int) -> tuple[Figure, str]:
+        estimates = {"plug-in": False, "unbiased": True}
+        found = {name: decompose(students[:k, :m_students], teachers[:k], m, unbiased=unbiased) for name, unbiased in estimates.items()}
+        table = pd.concat([part.table().assign(estimate=name) for name, part in found.items()])
+        figure = term_bars(table, "estimate", f"{k} teachers, {m_students} students each")
+        terms = table[table["estimate"] == "unbiased"].set_index("term")
+        words = "; ".join(
+            f"{term.replace('_', ' ')} {line['value']:.3f}" + ("" if k < 3 else f" [{line['low']:.3f}, {line['high']:.3f}]")
+            for term, line in terms.iterrows()
+        )
+        return figure, f"{k} teachers, {m_students} students each, unbiased: {words}."
+
+    most_teachers, most_students = students.shape[:2]
+    return explore(
+        show,
+        k=ipywidgets.IntSlider(value=min(4, most_teachers), min=2, max=most_teachers, description="teachers"),
+        m_students=ipywidgets.IntSlider(value=2, min=2, max=most_students, description="students"),
+    )

@@ -152,6 +152,56 @@ WRONG = {
         (lambda alpha_bar: math.acos(alpha_bar[0] ** 0.5), "returns a float; it should return a tensor"),
         (lambda alpha_bar: alpha_bar.sqroot().acos(), "your function raised AttributeError: .*sqroot"),
     ],
+    "unbiased_squared_bias": [
+        (lambda predictions, m: (m - predictions.mean(0)) ** 2, "this is the plug-in estimate"),
+        (lambda predictions, m: ((m - predictions.mean(0)) ** 2 - predictions.var(0) / len(predictions)).relu(), "you clip at zero"),
+        (lambda predictions, m: (m - predictions.mean(0)) ** 2 - predictions.var(0), "varies K times less"),
+        (lambda predictions, m: (m - predictions.mean(0)) ** 2 - predictions.var(0, correction=0) / len(predictions), "it is K - 1"),
+        (lambda predictions, m: (m - predictions.mean(0)) ** 2 + predictions.var(0) / len(predictions), "the sign is wrong"),
+        (lambda predictions, m: ((m - predictions.mean(0)) ** 2).mean(), "your result has shape"),
+    ],
+    "own_variance": [
+        (lambda students: students.reshape(-1, students.shape[-1]).var(0), "different teachers is in it"),
+        (lambda students: students.mean(1).var(0), "the variance of the teachers' means"),
+        (lambda students: students.var(1, correction=0).mean(0), "it is M - 1"),
+        (lambda students: students.std(1).mean(0), "these are standard deviations"),
+    ],
+    "inherited_variance": [
+        (lambda students: students.mean(1).var(0), "own variance is still in it"),
+        (lambda students: students.mean(1).var(0) - students.var(1).mean(0), "has the M-th part"),
+        (lambda students: (students.mean(1).var(0) - students.var(1).mean(0) / students.shape[1]).relu(), "you clip at zero"),
+    ],
+    "spatial_error": [
+        (lambda guess, x0: ((guess - x0) ** 2).sum(1), "adds up the channels"),
+        (lambda guess, x0: (x0 - guess).mean(1), "the square is missing"),
+        (lambda guess, x0: (x0 - guess).abs().mean(1), "the absolute error"),
+        (lambda guess, x0: (guess - x0).mean(1) ** 2, "comes first in yours"),
+        (lambda guess, x0: ((guess - x0) ** 2).mean(), "your result has shape"),
+    ],
+    "error_share": [
+        (lambda error, mask: (error * mask).sum((1, 2)) / error.sum((1, 2)), "divide by the share of the area"),
+        (
+            lambda error, mask: (error * mask).sum((1, 2)) / mask.sum((1, 2)) / (error * (1 - mask)).sum((1, 2)) * (1 - mask).sum((1, 2)),
+            "compares inside with outside",
+        ),
+        (lambda error, mask: mask.mean((1, 2)) / ((error * mask).sum((1, 2)) / error.sum((1, 2))), "upside down"),
+    ],
+    "rank_correlation": [
+        (lambda a, b: torch.corrcoef(torch.stack([a, b]))[0, 1], "correlates the values"),
+        (lambda a, b: torch.corrcoef(torch.stack([a.argsort(), b.argsort()]).double())[0, 1], "apply it twice"),
+        (lambda a, b: torch.corrcoef(torch.stack([a.argsort().argsort(), (-b).argsort().argsort()]).double())[0, 1], "ranked downwards"),
+    ],
+    "ratio_over_seeds": [
+        (lambda method, baseline: (method / baseline).mean(), "average their logarithms"),
+        (lambda method, baseline: method.mean() / baseline.mean(), "the ratio of the means"),
+        (lambda method, baseline: (baseline / method).log().mean().exp(), "upside down"),
+        (lambda method, baseline: (method / baseline).log().mean(), "still a logarithm"),
+    ],
+    "gap_closed": [
+        (lambda student, improved, teacher: (student - improved) / student, "its distance to the teacher"),
+        (lambda student, improved, teacher: (improved - teacher) / (student - teacher), "what is left of the gap"),
+        (lambda student, improved, teacher: (improved - student) / (student - teacher), "the sign is wrong"),
+    ],
 }
 
 
