@@ -34,12 +34,26 @@ def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
         return build()
 
 
+def network_info(network: nn.Module) -> dict[str, Any]:
+    """What ``build_network`` needs to build a denoiser's network again, as JSON-able values."""
+    return {"unet": unet_info(network)} if isinstance(network, UNet) else {"diffusers": network.configuration()}
+
+
+def build_network(info: dict[str, Any]) -> nn.Module:
+    """The network that ``network_info`` tells of, with initial weights."""
+    if "unet" in info:
+        return UNet(UNetSettings(**info["unet"]))
+    from sferd_lab.foreign import DiffusersUNet  # diffusers takes seconds to import, and few need it
+
+    return DiffusersUNet.from_configuration(info["diffusers"])
+
+
 def save_model(path: Path | str, model: Model, info: dict[str, Any]) -> None:
     """Write the model's weights and everything that rebuilds it; ``info`` (JSON-able) travels along under the same names."""
     if isinstance(model, NetworkDenoiser):
-        kind = {"kind": "network", "role": model.role, "unet": unet_info(model.network)}
+        kind = {"kind": "network", "role": model.role, **network_info(model.network)}
     elif isinstance(model, SemanticDenoiser):
-        kind = {"kind": "semantic", "role": model.base.role, "unet": unet_info(model.base.network), "semantic": semantic_info(model)}
+        kind = {"kind": "semantic", "role": model.base.role, **network_info(model.base.network), "semantic": semantic_info(model)}
     elif isinstance(model, LatentDenoiser):
         kind = {"kind": "latent", "latent": model.settings}
     elif isinstance(model, DiffusionPrior):
@@ -59,9 +73,9 @@ def load_model(path: Path | str) -> tuple[Model, dict[str, Any]]:
     try:
         kind = info["kind"]
         if kind == "network":
-            model: Model = NetworkDenoiser(UNet(UNetSettings(**info["unet"])), info["role"])
+            model: Model = NetworkDenoiser(build_network(info), info["role"])
         elif kind == "semantic":
-            model = SemanticDenoiser(NetworkDenoiser(UNet(UNetSettings(**info["unet"])), info["role"]), **info["semantic"])
+            model = SemanticDenoiser(NetworkDenoiser(build_network(info), info["role"]), **info["semantic"])
         elif kind == "latent":
             model = LatentDenoiser(**info["latent"])
         elif kind == "diffusion prior":

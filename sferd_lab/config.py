@@ -48,6 +48,9 @@ class Settings(BaseModel):
     heads: Count = Field(2, description="attention heads")
 
     retrain: bool = Field(False, description="train the teacher anew instead of taking the shipped one")
+    teacher_from: str | None = Field(
+        None, description="a teacher from elsewhere: the folder (or Hub name) of a diffusers pipeline, or a saved teacher's .safetensors"
+    )
     batch_size: Count = Field(64, description="images a training step")
     ema_decay: Fraction = Field(0.99, description="decay of the weights' moving average in distillation stages")
     teacher_steps: Count = Field(description="training steps of the teacher")
@@ -175,9 +178,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "blur_kernel": 7,
         "blur_sigma": 1.5,
         "sgp_steps": 4000,
-        "sgp_distil_steps": 2000,
+        "sgp_distil_steps": 1500,
         "sgp_sampling_steps": (1, 2, 4),
-        "sgp_start_steps": 8,
+        "sgp_start_steps": 16,
         "z_dim": 32,
         "prior_components": 50,
         "n_samples": 10_000,

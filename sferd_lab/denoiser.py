@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from sferd_lab.data import Mixture
 from sferd_lab.diffusion import HALF_PI, Angle, as_angle, eps_from_v, v_from_eps, v_from_x0, x0_from_v
 from sferd_lab.errors import SferdError
 from sferd_lab.unet import AttentionMap, Capture, UNet, check_layers
+
+if TYPE_CHECKING:
+    from sferd_lab.foreign import DiffusersUNet
 
 
 @dataclass(frozen=True)
@@ -95,11 +99,12 @@ class Denoiser(nn.Module):
 
 
 class NetworkDenoiser(Denoiser):
-    """A ``UNet`` as a denoiser. Condition: ``labels`` (B,) for a network with classes."""
+    """A ``UNet``, or another network with its interface, as a denoiser. Condition: ``labels`` (B,) for a network with classes."""
 
-    def __init__(self, network: UNet, role: str = "teacher") -> None:
+    def __init__(self, network: UNet | DiffusersUNet, role: str = "teacher") -> None:
         super().__init__(role)
         self.network = network
+        self.phi_lo, self.phi_hi = network.phi_lo, network.phi_hi
 
     @property
     def attention_layers(self) -> tuple[str, ...]:
@@ -119,8 +124,8 @@ class ClassifierFree(Denoiser):
 
     def __init__(self, base: NetworkDenoiser, scale: float) -> None:
         super().__init__(base.role)
-        if base.network.label is None:
-            raise SferdError("classifier-free guidance needs a network made with classes > 0; this one is unconditional")
+        if getattr(base.network, "label", None) is None:
+            raise SferdError("classifier-free guidance needs a UNet made with classes > 0; this one has no label for none")
         self.base, self.scale = base, scale
 
     @property

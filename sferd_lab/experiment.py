@@ -124,8 +124,11 @@ class Run:
     def _check_fit(self) -> None:
         """What can only be checked with the data at hand."""
         settings, (channels, height, width) = self.settings, self.shape
-        network = UNet(self.unet)
-        network.encode(torch.zeros(1, *self.shape), 1.0)  # refuses a size that does not divide
+        if settings.teacher_from and settings.retrain:
+            raise SferdError(f"retrain = True with teacher_from = '{settings.teacher_from}'; allowed: one of them")
+        network = self.foreign_teacher().network if settings.teacher_from else UNet(self.unet)
+        with torch.inference_mode():
+            network(torch.zeros(1, *self.shape), network.phi_hi, **self._some_label())  # refuses a size or channels that do not fit
         if any(settings.guided):
             check_layers([settings.guidance_layer or default_layer(network.attention_layers)], network.attention_layers)
             gaussian_blur(torch.zeros(1, *self.shape), settings.blur_kernel, settings.blur_sigma)
@@ -148,6 +151,9 @@ class Run:
             )
         if settings.sgp and settings.prior == "mixture" and settings.prior_components > largest:
             raise SferdError(f"prior_components = {settings.prior_components}; allowed: at most {largest}, one a training image")
+
+    def _some_label(self) -> dict[str, Tensor]:
+        return {"labels": torch.zeros(1, dtype=torch.long)} if self.unet.classes else {}
 
     def _claim_folder(self) -> None:
         """Write ``config.json``, or refuse a folder that holds another run."""
@@ -177,7 +183,7 @@ class Run:
         options = {"ema_decay": settings.ema_decay} | options
         training = TrainSettings(
             batch_size=settings.batch_size,
-            label_dropout=settings.label_dropout if self.unet.classes else 0.0,
+            label_dropout=settings.label_dropout if self.unet.classes and not settings.teacher_from else 0.0,
             null_label=self.unet.classes,
             checkpoint_every=settings.checkpoint_every,
             seed=stage_seed(settings.seed, seed_of or name),
@@ -205,9 +211,13 @@ class Run:
         save_model(path, model, {**info, "shape": list(self.shape), "data": self.data.name, "seed": self.settings.seed})
 
     def teacher(self) -> NetworkDenoiser:
-        """The shipped teacher of this data set, or one trained here: with ``retrain``, or where none is shipped."""
+        """The teacher that ``teacher_from`` names, else the shipped one of this data set, or one trained here: with ``retrain``, or where
+        none is shipped.
+        """
         path = self.folder / "weights" / "teacher.safetensors"
         shipped = shipped_folder() / self.data.name / "teacher.safetensors"
+        if not path.exists() and self.settings.teacher_from:
+            self._save(path, self.foreign_teacher(), {"stage": "teacher", "teacher_from": self.settings.teacher_from})
         if not path.exists() and shipped.exists() and not self.settings.retrain and self.settings.bootstrap is None:
             model, info = load_model(shipped)
             if model.network.shape != self.unet:
@@ -226,6 +236,18 @@ class Run:
             ema_decay=settings.teacher_ema_decay,
             anneal="cosine",
         )
+
+    def foreign_teacher(self) -> NetworkDenoiser:
+        """The teacher that ``teacher_from`` names: a saved one's file, or the folder of a diffusers pipeline."""
+        source = str(self.settings.teacher_from)
+        if not source.endswith(".safetensors"):
+            from sferd_lab.foreign import load_diffusers  # diffusers takes seconds to import, and few need it
+
+            return load_diffusers(source)
+        model, info = load_model(source)
+        if not isinstance(model, NetworkDenoiser):
+            raise SferdError(f"teacher_from = '{source}' holds a {info['kind']}; allowed: a network")
+        return model
 
     def guide(self, teacher: Denoiser, guided: bool) -> Denoiser:
         """``teacher`` with the settings' attention guidance, or itself."""

@@ -89,7 +89,7 @@ def default_layer(layers: Sequence[str]) -> str:
     """The first decoder layer, which has the lowest resolution, else the last layer of all. Raises SferdError if there is none."""
     if not layers:
         raise SferdError("attention guidance needs a denoiser with self-attention; this one has no attention layers")
-    return next((layer for layer in layers if layer.startswith("decoder")), layers[-1])
+    return next((layer for layer in layers if layer.startswith(("decoder", "up_blocks"))), layers[-1])
 
 
 class GuidedDenoiser(Denoiser):

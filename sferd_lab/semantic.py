@@ -24,7 +24,7 @@ from sferd_lab.denoiser import Denoiser, NetworkDenoiser, Prediction
 from sferd_lab.diffusion import Angle, angle_grid, as_angle
 from sferd_lab.errors import SferdError
 from sferd_lab.sample import ddim
-from sferd_lab.unet import Capture, Decoder, Features, Middle, UNetSettings, angle_embedding, group_norm
+from sferd_lab.unet import Capture, Decoder, Features, Middle, UNet, UNetSettings, angle_embedding, group_norm
 
 SGP_TARGETS = ("walk", "data", "conditional")
 
@@ -88,8 +88,9 @@ class SemanticDenoiser(Denoiser):
         if z_dim < 1:
             raise SferdError(f"z_dim = {z_dim}; allowed: 1 or more")
         self.base, self.blind = base, blind
-        self.gradient = GradientPredictor(base.network.shape, z_dim)
-        self.encoder = Encoder(base.network.shape.channels, z_dim, encoder_width)
+        is_foreign = not isinstance(base.network, UNet)
+        self.gradient = base.network.gradient_predictor(z_dim) if is_foreign else GradientPredictor(base.network.shape, z_dim)
+        self.encoder = Encoder(base.network.channels, z_dim, encoder_width)
         self.phi_lo, self.phi_hi = base.phi_lo, base.phi_hi
 
     @property

@@ -248,6 +248,8 @@ class UNet(nn.Module):
     means "no label" and is what unlabelled calls use, so one network serves classifier-free guidance (Ho & Salimans 2022).
     """
 
+    phi_lo, phi_hi = 0.0, HALF_PI
+
     def __init__(self, shape: UNetSettings) -> None:
         super().__init__()
         self.shape = shape
@@ -268,6 +270,11 @@ class UNet(nn.Module):
         self.middle = Middle("middle", width, emb_dim, shape.heads)
         self.decoder = Decoder(shape)
         self.to(memory_format=torch.channels_last)  # a pixel's channels side by side, which convolutions read fastest
+
+    @property
+    def channels(self) -> int:
+        """Channels of an image."""
+        return self.shape.channels
 
     @property
     def attention_layers(self) -> tuple[str, ...]:

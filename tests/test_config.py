@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from sferd_lab.config import PRESETS, TINY, Settings, make_settings, notebook_parameters, parse_literals, presets
@@ -29,6 +31,18 @@ def test_every_preset_makes_valid_settings_of_data_that_exist() -> None:
         assert settings.preset == name
         assert {field: getattr(settings, field) for field in PRESETS[name]} == PRESETS[name]
         assert (settings.image_size or SIZES[settings.data][0]) in SIZES[settings.data]
+
+
+STUDIES = sorted((Path(__file__).parent.parent / "data" / "studies").glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=[path.stem for path in STUDIES])
+def test_every_file_of_parameters_makes_valid_settings_of_its_preset(path: Path) -> None:
+    given = yaml.safe_load(path.read_text())
+    settings = make_settings(**given)
+    assert settings.preset == path.parent.name
+    assert settings != make_settings(settings.preset)
+    assert json.loads(settings.model_dump_json(include=set(given))) == given
 
 
 def test_the_default_preset_is_digits_and_given_values_take_the_place_of_its() -> None:

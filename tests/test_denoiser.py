@@ -290,7 +290,7 @@ def test_guidance_hands_out_the_labelled_passs_attention():
 
 
 def test_guidance_needs_a_network_with_classes():
-    with pytest.raises(SferdError, match="needs a network made with classes > 0; this one is unconditional"):
+    with pytest.raises(SferdError, match="needs a UNet made with classes > 0; this one has no label for none"):
         ClassifierFree(NetworkDenoiser(unet()), 2.0)
 
 
