@@ -15,7 +15,7 @@ parameters = $(foreach pair,$(filter-out PYTHON=% run_folder=% file=%,$(MAKEOVER
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; try: make PYTHON=python3.11 ..."; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,docs]"
 	touch .venv/ready
 
 # Train, distil, sample and score, by running the notebook; then a page of it without code, and the table.
