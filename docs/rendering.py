@@ -21,7 +21,6 @@ from sphinx.writers.html5 import HTML5Translator
 
 logger = logging.getLogger(__name__)
 
-
 MATHML = "http://www.w3.org/1998/Math/MathML"
 # TeX puts a thin space on both sides of these; the converter does not.
 FUNCTIONS = {"cos", "sin", "tan", "cot", "log", "exp", "max", "min"}
@@ -37,9 +36,11 @@ def mathml(latex: str, display: str) -> str:
     except Exception as error:
         # The converter raises a class of its own for each kind of mistake, and hands out what is no XML for commands it half knows.
         raise ValueError(f"{type(error).__name__} in {latex!r}") from error
-    # A command or a brace that the converter does not understand passes through, as text or as a part too few.
-    texts = " ".join(element.text or "" for element in root.iter())
-    if re.search(r"[\\{}&]", texts) or any(len(element) != PARTS.get(element.tag, len(element)) for element in root.iter()):
+    # What the converter does not understand passes through, as text or as a part too few; it closes a brace that is open.
+    braces = re.findall(r"\\.|[{}]", latex, flags=re.DOTALL)
+    unknown = any(re.search(r"[\\&]", element.text or "") for element in root.iter())
+    incomplete = any(len(element) != PARTS.get(element.tag, len(element)) for element in root.iter())
+    if unknown or incomplete or braces.count("{") != braces.count("}"):
         raise ValueError(f"not understood: {latex!r}")
     for element in root.iter():
         if element.tag == "mo" and element.text in ("|", "\N{DOUBLE VERTICAL LINE}"):
@@ -67,7 +68,7 @@ def _space_as_tex_does(row: ElementTree.Element) -> None:
         if name.tag != "mi" or name.text not in FUNCTIONS:
             continue
         before, after = children[index - 1] if index else None, children[index + 1] if index + 1 < len(children) else None
-        if after is not None and after.get("width") == "negativethinmathspace":  # \\!, which takes TeX's space away
+        if after is not None and after.get("width") == "negativethinmathspace":  # \!, which takes TeX's space away
             row.remove(after)
         elif after is not None and after.tag not in ("mo", "mspace"):
             row.insert(index + 1, ElementTree.Element("mspace", THIN_SPACE))

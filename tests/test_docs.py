@@ -187,6 +187,11 @@ def test_a_formula_that_is_not_understood_is_an_error(formula: str) -> None:
         mathml(formula, "block")
 
 
+def test_braces_and_matrices_are_understood() -> None:
+    assert "<mo>{</mo>" in re.sub(r' \w+="[^"]*"', "", mathml(r"\{0, 1\}", "inline"))
+    assert mathml(r"\begin{matrix} a & b \\ c & d \end{matrix}", "block").count("<mtd") == 4
+
+
 def test_functions_stand_apart_from_their_arguments_as_in_tex() -> None:
     space = '<mspace width="0.167em" />'
     assert f"<mi>cos</mi>{space}<mi>φ</mi>{space}<mi>sin</mi>{space}<mi>φ</mi>" in mathml(r"\cos\varphi\sin\varphi", "inline")
