@@ -10,12 +10,12 @@ BIN := .venv/bin
 # name=value pairs on the command line are the notebook's parameters: make experiment seed=2 retrain=true
 parameters = $(foreach pair,$(filter-out PYTHON=% run_folder=% file=%,$(MAKEOVERRIDES)),-p $(word 1,$(subst =, ,$(pair))) '$(word 2,$(subst =, ,$(pair)))')
 
-.PHONY: experiment test test-notebooks lint mutants benchmark shipped results clean
+.PHONY: experiment test test-notebooks lint docs mutants benchmark shipped results clean
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; try: make PYTHON=python3.11 ..."; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,docs]"
 	touch .venv/ready
 
 # Train, distil, sample and score, by running the notebook; then a page of it without code, and the table.
@@ -38,6 +38,10 @@ test-notebooks: .venv/ready
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The course, the method, the changelog and the library's docstrings as a site under build/docs. Needs no network; a warning is an error.
+docs: .venv/ready
+	$(BIN)/python docs/make_site.py
 
 # Show that the tests can fail: mutations of the library, one by one, each caught by the test named for it.
 mutants: .venv/ready

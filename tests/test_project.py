@@ -30,7 +30,8 @@ PINS = {canonicalize_name(line.split("==")[0]): line.split("==")[1] for line in 
 
 def needed() -> list[Requirement]:
     project = PYPROJECT["project"]
-    return [Requirement(text) for text in project["dependencies"] + project["optional-dependencies"]["dev"]]
+    extras = project["optional-dependencies"]
+    return [Requirement(text) for text in project["dependencies"] + extras["dev"] + extras["docs"]]
 
 
 def test_every_dependency_is_pinned_to_a_version_it_allows() -> None:
@@ -45,10 +46,10 @@ def test_conda_takes_python_and_pip_and_leaves_the_rest_to_the_same_pins() -> No
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     *conda, pip = environment["dependencies"]
     assert [name.split("=")[0] for name in conda] == ["python", "pip"]
-    assert pip == {"pip": ["--constraint constraints.txt", "--editable .[dev]"]}
+    assert pip == {"pip": ["--constraint constraints.txt", "--editable .[dev,docs]"]}
     python = next(name for name in conda if name.startswith("python")).split("=")[1]
     assert Requirement(f"python{PYPROJECT['project']['requires-python']}").specifier.contains(python)
-    assert '-c constraints.txt -e ".[dev]"' in (ROOT / "Makefile").read_text()
+    assert '-c constraints.txt -e ".[dev,docs]"' in (ROOT / "Makefile").read_text()
 
 
 def test_installed_packages_are_consistent() -> None:
