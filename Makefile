@@ -10,7 +10,7 @@ BIN := .venv/bin
 # name=value pairs on the command line are the notebook's parameters: make experiment seed=2 retrain=true
 parameters = $(foreach pair,$(filter-out PYTHON=% run_folder=% file=%,$(MAKEOVERRIDES)),-p $(word 1,$(subst =, ,$(pair))) '$(word 2,$(subst =, ,$(pair)))')
 
-.PHONY: experiment test test-notebooks lint docs mutants benchmark shipped results clean
+.PHONY: experiment test test-notebooks test-browser chromium lint docs mutants benchmark shipped results clean
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; try: make PYTHON=python3.11 ..."; exit 1; }
@@ -34,6 +34,18 @@ test: .venv/ready lint
 test-notebooks: .venv/ready
 	folder=$$(mktemp -d) && SFERD_LAB_TINY=1 SFERD_LAB_WIDGETS=0 SFERD_LAB_RUNS=$$folder $(BIN)/python -m pytest \
 		--nbval-lax --nbval-current-env --nbval-cell-timeout 300 notebooks; status=$$?; rm -rf $$folder; exit $$status
+
+# The notebooks in a real JupyterLab in a browser, by keyboard. Another browser: make test-browser CHROMIUM=/path/to/the/program
+test-browser: .venv/browser chromium
+	$(BIN)/python -m pytest tests/browser
+
+.venv/browser: .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,browser]"
+	touch .venv/browser
+
+# Say where the browser is; as root on Debian, install it if there is none.
+chromium: .venv/ready
+	@$(BIN)/python tests/browser/chromium.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .

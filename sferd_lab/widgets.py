@@ -51,7 +51,8 @@ def explore(show: Callable[..., tuple[Figure, str]], **controls: ipywidgets.Widg
         figure.savefig(png, format="png", dpi=90)
         source, words = base64.b64encode(png.getvalue()).decode(), html.escape(words)
         # The description stands below the picture and is what a screen reader says of it.
-        picture.value = f'<img src="data:image/png;base64,{source}" alt="{words}"><p>{words}</p>'
+        # Neither may be wider than the cell, which would cut off what does not fit.
+        picture.value = f'<img style="max-width: 100%" src="data:image/png;base64,{source}" alt="{words}"><p>{words}</p>'
 
     for control in controls.values():
         control.observe(update, "value")

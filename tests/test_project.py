@@ -31,7 +31,7 @@ PINS = {canonicalize_name(line.split("==")[0]): line.split("==")[1] for line in 
 def needed() -> list[Requirement]:
     project = PYPROJECT["project"]
     extras = project["optional-dependencies"]
-    return [Requirement(text) for text in project["dependencies"] + extras["dev"] + extras["docs"]]
+    return [Requirement(text) for text in project["dependencies"] + extras["dev"] + extras["docs"] + extras["browser"]]
 
 
 def test_every_dependency_is_pinned_to_a_version_it_allows() -> None:
