@@ -130,7 +130,7 @@ class ConsistencyTarget:
     """Consistency distillation: the student's x0 at phi should equal its own x0 one teacher step further down the same trajectory.
 
     ``boundaries`` intervals between phi_hi and 0, a ``solver`` step of the teacher between neighbours, and the target network f_{theta-}
-    (the student itself without gradient, or its EMA) at the lower one (Song et al. 2023, algorithm 2). f(x, 0) = x holds by construction.
+    (the student itself without gradient, or its EMA) at the lower one (Song et al. 2023, algorithm 2).
     ``sampling_steps`` restricts phi to the angles that a sampler of so many steps visits.
     """
 
@@ -157,7 +157,8 @@ class ConsistencyTarget:
         condition = self.condition(batch)
         with torch.inference_mode():
             x_psi = teacher_step(self.teacher, x, phi, psi, self.solver, **self.teacher_condition(batch))
-            x0 = student(x_psi, psi, **condition).x0
+            x0 = student(x_psi, psi.clamp_min(student.phi_lo), **condition).x0
+            x0 = torch.where(as_angle(psi, x0) > 0, x0, x_psi)  # f(x, 0) = x, also for networks that are not defined there
         x0 = x0.clone()
         return Target(x, phi, x0, v_from_x0(x, x0, phi), condition)
 
