@@ -29,7 +29,13 @@ from sferd_lab.errors import SferdError
 from sferd_lab.files import project_folder, replacing
 
 # The sides that each data set comes in, its native one first.
-SIZES = {"digits": (8, 4), "fashion-mnist": (28, 32, 16, 14, 8, 7), "patches": (32, 16, 8, 4), "mixture": (8, 4, 16)}
+SIZES = {
+    "digits": (8, 4),
+    "fashion-mnist": (28, 32, 16, 14, 8, 7),
+    "patches": (32, 16, 8, 4),
+    "mixture": (8, 4, 16),
+    "cifar10": (32, 16, 8),
+}
 
 # SHA-256 of the decompressed files: the same images packed again by a distributor still pass.
 FASHION_SHA256 = {
@@ -134,8 +140,10 @@ def _to_images(pixels: Tensor, top: int, size: int) -> Tensor:
     return resize(pixels.float(), size) / (top / 2) - 1
 
 
-def load_images(name: str, size: int | None = None) -> ImageData:
+def load_images(name: str, size: int | None = None, folder: Path | str | None = None) -> ImageData:
     """One of the data sets in ``SIZES``, at a side of ``size`` pixels (None: native); always the same for the same arguments.
+
+    The name "folder" stands for the images in ``folder``, at any ``size``, which must be given (``archives.read_folder``).
 
     - "digits", 8x8 grey, 10 classes: scikit-learn's 1,797 handwritten digits (Alpaydin & Kaynak 1998), values 0..16. A fixed permutation
       (seed 0) gives 450 features, 847 train, 500 reference. No two of the 1,797 images are the same.
@@ -149,12 +157,18 @@ def load_images(name: str, size: int | None = None) -> ImageData:
     - "mixture", 8x8 grey, 10 classes: draws (seed 1) from ``image_mixture(size)``, whose exact denoiser is known: 2,000 features, 10,000
       train, 5,000 reference; the label is the component. Clipped to [-1, 1], at least 5 standard deviations from any component's mean:
       about one pixel in ten million is touched, far below what any metric here can see.
+    - "cifar10", 32x32 colour, 10 classes (Krizhevsky 2009): train is the first 40,000 training images, features the last 10,000, reference
+      the 10,000 test images. Read from ``data/cifar10/cifar-10-binary.tar.gz``, which is not downloaded by itself.
 
     A size other than the native one is an area average (``resize``), save for the mixture, and is added to the name: "fashion-mnist-16".
     Raises SferdError for an unknown name or size, and for files that are missing, altered or cannot be had.
     """
+    if (name == "folder") != (folder is not None):
+        raise SferdError(f"data set {name!r} with the folder {folder}; allowed: a folder with the name 'folder', and no other")
+    if name == "folder":
+        return _own_folder(Path(folder), size)
     if name not in SIZES:
-        raise SferdError(f"data set {name!r} is unknown; allowed: {', '.join(SIZES)}")
+        raise SferdError(f"data set {name!r} is unknown; allowed: {', '.join(SIZES)}, folder")
     size = SIZES[name][0] if size is None else size
     if size not in SIZES[name]:
         raise SferdError(f"size = {size} for data set '{name}'; allowed: {', '.join(map(str, sorted(SIZES[name])))}")
@@ -210,6 +224,29 @@ def _fashion(size: int) -> _Parts:
         Split(_to_images(test, 255, size), test_labels),
         10,
     )
+
+
+def _cifar10(size: int) -> _Parts:
+    from sferd_lab.archives import read_cifar10
+
+    parts = read_cifar10(project_folder() / "data" / "cifar10" / "cifar-10-binary.tar.gz")
+    (train, train_labels), (test, test_labels) = parts["train"], parts["test"]
+    return (
+        Split(_to_images(train[40_000:], 255, size), train_labels[40_000:]),
+        Split(_to_images(train[:40_000], 255, size), train_labels[:40_000]),
+        Split(_to_images(test, 255, size), test_labels),
+        10,
+    )
+
+
+def _own_folder(folder: Path, size: int | None) -> ImageData:
+    from sferd_lab.archives import read_folder
+
+    if size is None or not 4 <= size <= 512:
+        raise SferdError(f"image_size = {size} for a folder of images; allowed: 4 to 512")
+    parts, classes = read_folder(folder, size)
+    splits = {part: Split(_to_images(images, 255, size), labels) for part, (images, labels) in parts.items()}
+    return ImageData(f"folder-{folder.resolve().name}-{size}", **splits, classes=classes)
 
 
 def fashion_folder() -> Path:
@@ -406,4 +443,5 @@ def _mixture(size: int) -> _Parts:
     return features, train, reference, 10
 
 
-_LOADERS: dict[str, Callable[[int], _Parts]] = {"digits": _digits, "fashion-mnist": _fashion, "patches": _patches, "mixture": _mixture}
+_LOADERS: dict[str, Callable[[int], _Parts]] = {"digits": _digits, "fashion-mnist": _fashion, "patches": _patches, "mixture": _mixture,
+            "cifar10": _cifar10}  # fmt: skip

@@ -109,7 +109,7 @@ class Run:
         self.settings, self.progress = settings, progress
         default = Path(os.environ.get("SFERD_LAB_RUNS") or project_folder() / "runs") / f"{settings.preset}-seed{settings.seed}"
         self.folder = Path(settings.run_folder) if settings.run_folder else default
-        self.data: ImageData = load_images(settings.data, settings.image_size)
+        self.data: ImageData = load_images(settings.data, settings.image_size, settings.data_folder)
         self.shape = self.data.shape
         self.device = torch.device("cpu")
         if settings.device == "auto" and torch.accelerator.is_available():

@@ -1,7 +1,8 @@
 """Explorers for the notebooks: a picture and its description in words that follow the controls.
 
-Every control is an ordinary ipywidgets slider or menu, so the keyboard moves it. With the environment variable SFERD_LAB_WIDGETS=0, as when
-a notebook is run by papermill or nbval, picture and description are shown once, for the controls' first values.
+Every control is an ordinary ipywidgets slider, so the arrow keys move it (JupyterLab keeps those of a menu for itself). With the
+environment variable SFERD_LAB_WIDGETS=0, as when a notebook is run by papermill or nbval, picture and description are shown once, for the
+controls' first values.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 import os
 from collections.abc import Callable, Mapping
 
@@ -99,7 +101,7 @@ def sampler_explorer(denoiser: Denoiser, shape: tuple[int, int, int], seed: int 
 
     return explore(
         show,
-        sampler=ipywidgets.Dropdown(value="ddim", options=sorted(SAMPLERS), description="sampler"),
+        sampler=ipywidgets.SelectionSlider(value="ddim", options=sorted(SAMPLERS), description="sampler"),
         steps=ipywidgets.IntSlider(value=8, min=1, max=64, description="steps"),
     )
 
@@ -126,8 +128,8 @@ def guidance_explorer(teacher: Denoiser, images: Tensor, t: float = 0.6, form: s
         changes = f"{mask.mean().item():.0%} of the image is masked, and guidance moves a pixel by {moved:.3f} (root mean square)"
         return figure, f"{settings}: {changes}."
 
-    # Within these bounds the mask is neither empty nor everything.
-    low, high = received.min().item() + 0.01, received.max().item() - 0.01
+    # Within these bounds the mask is neither empty nor everything; a browser would round a value that is not on the slider's grid.
+    low, high = math.ceil(20 * received.min().item() + 0.2) / 20, math.floor(20 * received.max().item() - 0.2) / 20
     return explore(
         show,
         w=ipywidgets.FloatSlider(value=1.0, min=0, max=3, step=0.1, description="weight"),
@@ -192,7 +194,7 @@ def error_explorer(denoiser: Denoiser, images: Tensor, which: int = 0, seed: int
     return explore(
         show,
         t=ipywidgets.FloatSlider(value=0.5, min=0.1, max=1, step=0.1, description="t", continuous_update=False),
-        layer=ipywidgets.Dropdown(value=default_layer(layers), options=layers, description="layer"),
+        layer=ipywidgets.SelectionSlider(value=default_layer(layers), options=layers, description="layer"),
     )
 
 

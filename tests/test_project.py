@@ -111,7 +111,7 @@ def test_shipped_files_are_what_their_record_says(name: str) -> None:
     now = make_settings(settings["preset"]).model_dump(mode="json")
     of_the_teacher = ["data", "image_size", "widths", "blocks", "attention", "heads", "batch_size", "class_conditional", "seed"]
     for field in of_the_teacher + [field for field in now if field.startswith("teacher_") and "sampl" not in field]:
-        assert now[field] == settings[field], f"the preset's {field} has changed since the teacher was shipped"
+        assert now[field] == settings.get(field), f"the preset's {field} has changed since the teacher was shipped"
     assert all(file.stat().st_size < 4 * 2**20 for file in folder.iterdir())
 
 

@@ -101,7 +101,7 @@ def spatial_study(run: Path | str, name: str, n: int = 500, seed: int = 1) -> No
     denoiser of the training set (teacher only); "distillation" against the teacher's endpoint after 64 DDIM steps from the same x_phi.
     """
     run, settings = Path(run), run_settings(Path(run))
-    data = load_images(settings.data, settings.image_size)
+    data = load_images(settings.data, settings.image_size, settings.data_folder)
     images = data.reference.images[:n]
     ideal = FiniteSetDenoiser(data.train.images)
     models = list(cases(run, images))
@@ -150,7 +150,7 @@ def bias_variance_study(folder: Path | str, name: str, n: int = 200, seed: int =
     """
     folder = Path(folder)
     settings = run_settings(folder / "teacher-1")
-    data = load_images(settings.data, settings.image_size)
+    data = load_images(settings.data, settings.image_size, settings.data_folder)
     ideal = FiniteSetDenoiser(data.train.images)
     methods: list[tuple[str, int | None, tuple[float, ...]]] = [("teacher", None, LEVELS)]
     methods += [("cd", None, LEVELS)] if "cd" in settings.methods else []
