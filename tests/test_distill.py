@@ -235,6 +235,18 @@ def test_in_the_last_interval_the_teacher_alone_decides():
     close(targets[0].x0, GAUSSIAN(targets[0].x, targets[0].phi).x0)
 
 
+def test_where_the_walk_ends_the_student_is_not_asked_if_it_is_not_defined_there():
+    ring = MixtureDenoiser(two_dimensional_mixture("ring"))
+    nonsense = FunctionDenoiser(lambda x, phi: torch.full_like(x, 7.0), "x0", phi_lo=0.05)
+    drawn = batch()
+    target = ConsistencyTarget(ring, 4)(drawn, nonsense)
+    grid = angle_grid(4, ring.phi_hi).to(drawn.x0)
+    last = target.phi < grid[2]
+    assert 0 < last.sum() < len(last)
+    close(target.x0[last], teacher_step(ring, target.x[last], grid[3], grid[4], "ddim"))
+    assert (target.x0[~last] == 7).all()
+
+
 def test_consistency_asks_the_student_one_boundary_further_down():
     student = Recorder(Learned())
     target = ConsistencyTarget(GAUSSIAN, 8)(batch(), student)

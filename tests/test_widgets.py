@@ -6,6 +6,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 
+import math
 import re
 import time
 
@@ -16,6 +17,7 @@ import torch
 
 import sferd_lab
 from sferd_lab import widgets
+from sferd_lab.analysis.bias_variance import decompose
 from sferd_lab.data import load_images
 
 IMAGES = torch.linspace(-1, 1, 2 * 16).view(2, 1, 4, 4)
@@ -107,3 +109,54 @@ def test_the_sampler_explorer_counts_what_a_walk_costs(shown: list[object], monk
     for name in sampler.options:
         sampler.value = name
         assert f"{name}, 20 steps, {39 if name == 'heun' else 20} evaluations" in picture.value
+
+
+def test_the_students_explorer_compares_with_its_first(shown: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SFERD_LAB_WIDGETS", raising=False)
+    student, pair = sferd_lab.load("digits/pd-1"), sferd_lab.load("digits/pd-sgp-1")
+    noise, picture = widgets.students_explorer({"one": (student, 1), "same": (student, 1), "pair": (pair, 1)}, count=3).children
+    before = picture.value
+    noise.value = 7
+    words = re.search(r"noise 7: from one differ, root mean square, same by (\d\.\d\d), pair by (\d\.\d\d)\.", picture.value)
+    wanted = (pair.sample(3, 1, seed=7) - student.sample(3, 1, seed=7)).square().mean().sqrt().item()
+    assert words[1] == "0.00"
+    assert float(words[2]) == pytest.approx(wanted, abs=0.006)
+    assert wanted > 0.1
+    assert picture.value.split("<p>")[0] != before.split("<p>")[0]
+
+
+def test_the_error_explorer_follows_level_and_layer(shown: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SFERD_LAB_WIDGETS", raising=False)
+    teacher, images = sferd_lab.load("digits/teacher").denoiser, load_images("digits").reference.images[:40]
+    level, layer, picture = widgets.error_explorer(teacher, images, which=2).children
+    assert layer.value == "decoder.1.0"
+    errors = []
+    for value in (0.1, 0.5, 1.0):
+        level.value = value
+        found = re.search(rf"t = {value:.2f}, decoder.1.0: mean squared error (\d\.\d+), here (\d\.\d+); .* over 40 images", picture.value)
+        errors.append(float(found[1]))
+    assert errors == sorted(errors)
+    eps = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        guess = teacher(eps, math.pi / 2).x0
+    assert errors[-1] == pytest.approx((guess - images).square().mean().item(), abs=6e-4)
+    assert float(found[2]) == pytest.approx((guess - images)[2].square().mean().item(), abs=6e-4)
+    agreements = set()
+    for name in teacher.attention_layers:
+        layer.value = name
+        agreements.add(re.search(rf"{name}: .*rank correlation of attention and error (-?\d\.\d+)", picture.value)[1])
+    assert len(agreements) > 2
+
+
+def test_the_ensemble_explorer_shows_what_decompose_says(shown: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SFERD_LAB_WIDGETS", raising=False)
+    generator = torch.Generator().manual_seed(0)
+    teachers = torch.randn(5, 30, 1, generator=generator, dtype=torch.float64)
+    students = teachers[:, None] + torch.randn(5, 4, 30, 1, generator=generator, dtype=torch.float64)
+    m = torch.zeros(30, 1, dtype=torch.float64)
+    k, m_students, picture = widgets.ensemble_explorer(students, teachers, m).children
+    k.value, m_students.value = 3, 4
+    found = decompose(students[:3, :4], teachers[:3], m).table().set_index("term")
+    assert f"teacher variance {found.loc['teacher_variance', 'value']:.3f} [{found.loc['teacher_variance', 'low']:.3f}, " in picture.value
+    k.value = 2  # of two teachers there is no interval
+    assert "[" not in picture.value.split("<p>")[1]
