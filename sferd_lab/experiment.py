@@ -139,6 +139,10 @@ class Run:
             )
         if settings.class_conditional and not self.data.classes:
             raise SferdError(f"class_conditional = True; allowed: False, since {self.data.name} has no labels")
+        if settings.class_conditional and settings.sgp and settings.teacher_from:
+            raise SferdError(
+                "class_conditional and sgp are True with teacher_from; allowed: one of them, since a code comes without a label"
+            )
         if min(height, width) < 8:
             raise SferdError(f"image_size = {settings.image_size}; allowed: 8 or more, what the feature network behind the scores needs")
         largest = len(self.data.train.images)
@@ -422,7 +426,8 @@ class Run:
     def draw(self, row: Row, denoiser: Denoiser, n: int | None = None, prior: Prior | None = None, **condition: Tensor) -> Samples:
         """``n`` samples for a row: the same noise, image by image, for every row of this run."""
         n = n or self.settings.n_samples
-        if self.unet.classes:
+        # A label beside a code would have to agree with it, and the prior draws codes alone: with a code there is none.
+        if self.unet.classes and prior is None and "z" not in condition:
             condition["labels"] = torch.arange(n) % self.data.classes
         return sample(
             denoiser,
@@ -502,10 +507,9 @@ class Run:
         shuffled = own.roll(1, dims=0)
         drawn = prior.from_noise(SampleNoise(self.settings.seed, len(images), purpose=1).draw((prior.noise_dim,))).detach()
         values = {}
-        labels = {"labels": self.data.reference.labels.to(self.device)} if self.unet.classes else {}
         for name, z in {"encoder": own, "shuffled": shuffled, "mean": own.mean(0, keepdim=True).expand_as(own), "prior": drawn}.items():
             with torch.inference_mode():
-                predicted = model(x.to(self.device), model.phi_hi, z=z.to(self.device), **labels).x0.cpu()
+                predicted = model(x.to(self.device), model.phi_hi, z=z.to(self.device)).x0.cpu()
             values[f"reconstruction_mse_{name}"] = float((predicted - images).square().mean())
         return self._append_rows(row, values)
 

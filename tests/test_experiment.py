@@ -648,6 +648,15 @@ def test_a_summary_has_a_line_for_each_scored_row_and_one_for_the_floor(scored: 
     assert lines["fd"].tolist() == pytest.approx([table["floor"].dropna().iloc[0], *table.loc[table["metric"] == "fd", "value"]])
 
 
+def test_with_a_code_there_is_no_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, row, told = start(tmp_path, class_conditional=True), Row("pd", sampler="ddim", steps=1), []
+    monkeypatch.setattr(experiment, "sample", lambda *_args, condition, **_options: told.append(set(condition)))
+    run.draw(row, run.teacher(), 8)
+    run.draw(row, run.teacher(), 8, z=torch.zeros(8, 4))
+    run.draw(row, run.teacher(), 8, prior=object())
+    assert told == [{"labels"}, {"z"}, set()]
+
+
 def test_codes_are_compared_by_one_step_from_noise_to_held_out_images(fake: dict[str, Asked], tmp_path: Path) -> None:
     run = start(tmp_path, class_conditional=True)
     model = run.semantic_teacher(run.teacher())
@@ -665,7 +674,7 @@ def test_codes_are_compared_by_one_step_from_noise_to_held_out_images(fake: dict
     expected = []
     with torch.inference_mode():
         for z in (codes, torch.cat([codes[-1:], codes[:-1]]), codes.mean(0).repeat(500, 1)):
-            predicted = model(x, model.phi_hi, z=z, labels=reference.labels).x0
+            predicted = model(x, model.phi_hi, z=z).x0
             expected.append(float((predicted - reference.images).square().mean()))
     assert list(found.values())[:3] == pytest.approx(expected, rel=1e-6)
     assert all(abs(a / b - 1) > 1e-5 for a, b in itertools.combinations(found.values(), 2))
