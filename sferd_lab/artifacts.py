@@ -41,11 +41,11 @@ def network_info(network: nn.Module) -> dict[str, Any]:
 
 def build_network(info: dict[str, Any]) -> nn.Module:
     """The network that ``network_info`` tells of, with initial weights."""
-    if "unet" in info:
-        return UNet(UNetSettings(**info["unet"]))
-    from sferd_lab.foreign import DiffusersUNet  # diffusers takes seconds to import, and few need it
+    if "diffusers" in info:
+        from sferd_lab.foreign import DiffusersUNet  # diffusers takes seconds to import, and few need it
 
-    return DiffusersUNet.from_configuration(info["diffusers"])
+        return DiffusersUNet.from_configuration(info["diffusers"])
+    return UNet(UNetSettings(**info["unet"]))
 
 
 def save_model(path: Path | str, model: Model, info: dict[str, Any]) -> None:
