@@ -62,8 +62,6 @@ class DiffusersGradient(nn.Module):
 
     def __init__(self, unet: nn.Module, z_dim: int) -> None:
         super().__init__()
-        from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-
         if unet.mid_block is None or any(hasattr(block, "skip_conv") for block in unet.up_blocks):
             raise SferdError(
                 f"up_block_types = {unet.config.up_block_types}, mid_block_type = {unet.config.mid_block_type}; allowed with a semantic "
@@ -71,9 +69,6 @@ class DiffusersGradient(nn.Module):
             )
         parts = (unet.mid_block, unet.up_blocks, unet.conv_norm_out, unet.conv_out)
         self.middle, self.up_blocks, self.norm, self.head = copy.deepcopy(parts)
-        for module in self.modules():
-            if isinstance(module, Attention):
-                module.set_processor(AttnProcessor2_0())  # the original's would note this copy's weights as its own
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         self.code = nn.Linear(z_dim, unet.time_embedding.linear_2.out_features)

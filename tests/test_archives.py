@@ -38,7 +38,7 @@ def folder_of(path: Path, count: int = 30, classes: tuple[str, ...] = ("a", "b")
 
 
 def test_a_square_from_the_middle_is_averaged() -> None:
-    pixels = np.arange(24, dtype=np.uint8).reshape(4, 6)
+    pixels = (10 * np.arange(24, dtype=np.uint8)).reshape(4, 6)
     found = np.asarray(square(Image.fromarray(pixels), 2))
     middle = pixels[:, 1:5]
     wanted = middle.reshape(2, 2, 2, 2).mean((1, 3))

@@ -155,8 +155,8 @@ def test_the_ensemble_explorer_shows_what_decompose_says(shown: list[object], mo
     students = teachers[:, None] + torch.randn(5, 4, 30, 1, generator=generator, dtype=torch.float64)
     m = torch.zeros(30, 1, dtype=torch.float64)
     k, m_students, picture = widgets.ensemble_explorer(students, teachers, m).children
-    k.value, m_students.value = 3, 4
-    found = decompose(students[:3, :4], teachers[:3], m).table().set_index("term")
+    k.value, m_students.value = 3, 3
+    found = decompose(students[:3, :3], teachers[:3], m).table().set_index("term")
     assert f"teacher variance {found.loc['teacher_variance', 'value']:.3f} [{found.loc['teacher_variance', 'low']:.3f}, " in picture.value
     k.value = 2  # of two teachers there is no interval
     assert "[" not in picture.value.split("<p>")[1]
