@@ -98,7 +98,10 @@ def collect(name: str, folders: list[str]) -> None:
     """Put the finished runs in ``folders`` together under ``data/results/<name>``: tables, settings, the first's figures."""
     target = shipped_folder() / "results" / name
     for table in ("metrics.csv", "stages.csv"):
-        parts = [read_table(Path(folder) / table).assign(run=Path(folder).name) for folder in folders]
+        # A run that trained nothing has no stages.
+        parts = [read_table(Path(folder) / table).assign(run=Path(folder).name) for folder in folders if (Path(folder) / table).exists()]
+        if not parts:
+            continue
         with replacing(target / table) as temporary:
             pd.concat(parts, ignore_index=True).to_csv(temporary, index=False)
     write_json(target / "runs.json", {Path(folder).name: read_json(Path(folder) / "config.json") for folder in folders})

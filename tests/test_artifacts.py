@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import safetensors.torch
 import torch
@@ -279,6 +280,27 @@ def test_students_are_shipped_with_what_they_need_and_their_hashes(tmp_path: Pat
     assert torch.equal(output(shipped.prior), output(mixture_prior()))
 
 
+def test_runs_are_put_together_with_their_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ship, "shipped_folder", lambda: tmp_path / "data")
+    for name, seed in (("first", 1), ("second", 2)):
+        (tmp_path / name / "figures").mkdir(parents=True)
+        rows = pd.DataFrame({"method": ["pd"], "sgp": [""], "seed": [seed], "metric": ["fd"], "value": [seed / 2]})
+        rows.to_csv(tmp_path / name / "metrics.csv", index=False)
+        write_json(tmp_path / name / "config.json", {"settings": {"seed": seed}})
+    pd.DataFrame({"stage": ["pd-1"], "seconds": [3.0]}).to_csv(tmp_path / "second" / "stages.csv", index=False)  # the first trained nothing
+    (tmp_path / "first" / "figures" / "steps.png").write_bytes(b"a picture")
+    ship.collect("study", [str(tmp_path / "first"), str(tmp_path / "second")])
+    made = tmp_path / "data" / "results" / "study"
+    table = pd.read_csv(made / "metrics.csv")
+    assert table[["seed", "value", "run"]].values.tolist() == [[1, 0.5, "first"], [2, 1.0, "second"]]
+    assert pd.read_csv(made / "stages.csv")[["stage", "run"]].values.tolist() == [["pd-1", "second"]]
+    assert read_json(made / "runs.json") == {"first": {"settings": {"seed": 1}}, "second": {"settings": {"seed": 2}}}
+    assert (made / "steps.png").read_bytes() == b"a picture"
+    (tmp_path / "second" / "stages.csv").unlink()
+    ship.collect("no training", [str(tmp_path / "first"), str(tmp_path / "second")])
+    assert not (tmp_path / "data" / "results" / "no training" / "stages.csv").exists()
+
+
 def test_the_shipped_students_draw_digits_in_one_step() -> None:
     network, _ = load_feature_network(shipped_folder() / "digits" / "features.safetensors")
     real = extract(network, load_images("digits").reference.images)
@@ -287,6 +309,22 @@ def test_the_shipped_students_draw_digits_in_one_step() -> None:
         drawn = frechet_distance(extract(network, load(f"digits/{name}").sample(200, 1)), real)
         # From 3 to 5 on 200 images; the teacher in one step has 86.
         assert drawn < 7 < teacher / 5, name
+
+
+def test_the_shipped_students_draw_garments_in_one_step() -> None:
+    """Against the shipped statistics of the test images, which are here where the images may not be."""
+    folder = shipped_folder() / "fashion-mnist-16"
+    network, _ = load_feature_network(folder / "features.safetensors")
+    statistics, _ = load_tensors(folder / "reference.safetensors")
+
+    def distance(name: str) -> float:
+        features = torch.from_numpy(extract(network, load(f"fashion-mnist-16/{name}").sample(200, 1)))
+        moments = (features.mean(0) - statistics["mean"], features.T.cov() - statistics["covariance"])
+        return sum(float(difference.square().sum()) for difference in moments) / float(statistics["covariance"].square().sum())
+
+    teacher = distance("teacher")
+    for name in ("pd-1", "pd-sgp-1"):
+        assert distance(name) < 0.2 * teacher, name
 
 
 def test_samples_are_a_function_of_the_seed_and_image_k_of_its_own_noise() -> None:
