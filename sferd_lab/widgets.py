@@ -12,6 +12,7 @@ import html
 import io
 import math
 import os
+import textwrap
 from collections.abc import Callable, Mapping
 
 import ipywidgets
@@ -44,7 +45,7 @@ def explore(show: Callable[..., tuple[Figure, str]], **controls: ipywidgets.Widg
     if os.environ.get("SFERD_LAB_WIDGETS") == "0":
         figure, words = shown()
         display(figure)
-        print(words)
+        print(textwrap.fill(words, 110))
         return None
     picture = ipywidgets.HTML()
 
