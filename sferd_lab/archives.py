@@ -65,7 +65,7 @@ def read_folder(folder: Path | str, size: int) -> tuple[dict[str, tuple[Tensor, 
     Subfolders are classes, in the order of their names; images right in the folder have no label. Each image is cropped and averaged as
     ``square`` says; grey if all files are. Which part a file belongs to follows from its name alone (a fifth features, a fifth
     reference, the rest train), so more files change nothing for the others. Raises SferdError where images lie both in the folder and in
-    subfolders, or a part or a class would be empty.
+    subfolders, or a part would be empty.
     """
     folder = Path(folder)
     if not folder.is_dir():

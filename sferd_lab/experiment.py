@@ -124,8 +124,9 @@ class Run:
     def _check_fit(self) -> None:
         """What can only be checked with the data at hand."""
         settings, (channels, height, width) = self.settings, self.shape
-        if settings.teacher_from and settings.retrain:
-            raise SferdError(f"retrain = True with teacher_from = '{settings.teacher_from}'; allowed: one of them")
+        for name, value in (("retrain", settings.retrain), ("bootstrap", settings.bootstrap)):
+            if settings.teacher_from and value is not None and value is not False:
+                raise SferdError(f"{name} = {value} with teacher_from = '{settings.teacher_from}'; allowed: one of them")
         network = self.foreign_teacher().network if settings.teacher_from else UNet(self.unet)
         with torch.inference_mode():
             network(torch.zeros(1, *self.shape), network.phi_hi, **self._some_label())  # refuses a size or channels that do not fit
@@ -242,8 +243,11 @@ class Run:
         )
 
     def foreign_teacher(self) -> NetworkDenoiser:
-        """The teacher that ``teacher_from`` names: a saved one's file, or the folder of a diffusers pipeline."""
-        source = str(self.settings.teacher_from)
+        """The teacher that ``teacher_from`` names: a saved one's file, or the folder of a diffusers pipeline; the run's own copy once there
+        is one.
+        """
+        kept = self.folder / "weights" / "teacher.safetensors"
+        source = str(kept if kept.exists() else self.settings.teacher_from)
         if not source.endswith(".safetensors"):
             from sferd_lab.foreign import load_diffusers  # diffusers takes seconds to import, and few need it
 

@@ -151,7 +151,8 @@ class DiffusersUNet(nn.Module):
 
     def step_of(self, phi: Tensor) -> Tensor:
         """The scheduler's step (B,) at the angles ``phi`` (B,): a whole number at its own angles, linear between them."""
-        phi, phis = phi.double(), self.phis.to(phi.device)
+        dtype = torch.float32 if phi.device.type == "mps" else torch.float64
+        phi, phis = phi.to(dtype), self.phis.to(phi.device, dtype)
         above = torch.searchsorted(phis, phi).clamp(1, len(phis) - 1)
         step = above - 1 + (phi - phis[above - 1]) / (phis[above] - phis[above - 1])
         # Angles in single precision are off by up to a few thousandths of a step, near pure noise.
@@ -241,8 +242,10 @@ def load_diffusers(source: str | Path) -> NetworkDenoiser:
 
     Only safetensors are read. Raises SferdError when a part is missing or the model is not a ``UNet2DModel``.
     """
-    from diffusers import DDIMScheduler, UNet2DModel
-
+    try:
+        from diffusers import DDIMScheduler, UNet2DModel
+    except ImportError:
+        raise SferdError(f"the teacher in {source} needs the package diffusers, which is not installed; pip install diffusers") from None
     folder = Path(source)
     for part in ("unet/config.json", "scheduler/scheduler_config.json") if folder.is_dir() else ():
         if not (folder / part).is_file():

@@ -165,10 +165,10 @@ def test_cifars_records_are_a_label_and_three_planes(tmp_path: Path) -> None:
 
 
 def test_cifar_is_split_as_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the real number of images the parts are 10,000, 40,000 and 10,000; here as many rows of fewer pixels would not do."""
+    """The real number of images, with fewer pixels each."""
     count = 10_000
-    values = {"train": (torch.zeros(5 * count, 3, 32, 32, dtype=torch.uint8), torch.zeros(5 * count, dtype=torch.long)),
-              "test": (torch.full((count, 3, 32, 32), 255, dtype=torch.uint8), torch.ones(count, dtype=torch.long))}  # fmt: skip
+    values = {"train": (torch.zeros(5 * count, 3, 8, 8, dtype=torch.uint8), torch.zeros(5 * count, dtype=torch.long)),
+              "test": (torch.full((count, 3, 8, 8), 255, dtype=torch.uint8), torch.ones(count, dtype=torch.long))}  # fmt: skip
     values["train"][0][4 * count :] = 128
     monkeypatch.setattr(archives, "read_cifar10", lambda _path: values)
     loaded = load_images("cifar10", 8)

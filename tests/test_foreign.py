@@ -256,6 +256,8 @@ def test_an_experiment_runs_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     table = run.table()
     assert table[(table["method"] == "cd") & (table["sgp"] == "conditional") & (table["metric"] == "fd")]["value"].notna().all()
     assert run.yardstick_row in {Row(*key) for key in table[list(Row.__dataclass_fields__)].itertuples(index=False)}
+    (tmp_path / "theirs").rename(tmp_path / "moved")  # the run has its own copy, and goes on without the source
+    assert isinstance(Run(run.settings, progress=False).teacher().network, DiffusersUNet)
     again = Run(
         make_settings(teacher_from=str(run.folder / "weights" / "pd-1.safetensors"), run_folder=str(tmp_path / "on")), progress=False
     )
@@ -341,6 +343,7 @@ def test_an_experiment_refuses_a_teacher_that_does_not_fit(tmp_path: Path, monke
     save_diffusers(adapted(MODELS["colour, two blocks, scale and shift"]), tmp_path / "colour")
     with pytest.raises(SferdError, match=r"images have shape \(1, 1, 8, 8\); allowed: \(B, 3, H, W\)"):
         Run(make_settings(teacher_from=str(tmp_path / "colour"), run_folder=str(tmp_path / "run")), progress=False)
-    with pytest.raises(SferdError, match="retrain = True with teacher_from"):
-        Run(make_settings(teacher_from="x", retrain=True, run_folder=str(tmp_path / "run")), progress=False)
+    for name, value in (("retrain", True), ("bootstrap", 0)):
+        with pytest.raises(SferdError, match=f"{name} = {value} with teacher_from = 'x'; allowed: one of them"):
+            Run(make_settings(teacher_from="x", run_folder=str(tmp_path / "run"), **{name: value}), progress=False)
     assert not (tmp_path / "run").exists()
