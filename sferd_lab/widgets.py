@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from sferd_lab.analysis.bias_variance import decompose
-from sferd_lab.analysis.spatial import attention_maps, error_map, mean_interval, spearman, to_grid
+from sferd_lab.analysis.spatial import error_map, mean_interval, spearman, to_grid
 from sferd_lab.artifacts import Pretrained
 from sferd_lab.denoiser import Denoiser
 from sferd_lab.diffusion import HALF_PI, add_noise, angle_grid, log_snr
@@ -182,8 +182,9 @@ def error_explorer(denoiser: Denoiser, images: Tensor, which: int = 0, seed: int
         phi = t * HALF_PI
         x = add_noise(images, eps, phi)
         with torch.inference_mode():
-            guess = denoiser(x, phi).x0
-        error, attention = error_map(guess, images), attention_maps(denoiser, x, phi, [layer])[layer]
+            prediction = denoiser(x, phi, [layer])
+        guess, attention = prediction.x0, prediction.attention[layer].received().numpy()
+        error = error_map(guess, images)
         pooled = to_grid(error, attention.shape[1:])
         shown = {"image": images[which].mean(0).numpy(), "noised": x[which].mean(0).numpy(), "guess": guess[which].mean(0).numpy()}
         figure = maps_row(shown | {"squared error": error[which], f"attention, {layer}": attention[which]})
