@@ -118,7 +118,7 @@ def load(name: str | Path) -> Pretrained:
     folder = shipped_folder()
     path = Path(name) if str(name).endswith(".safetensors") else folder / f"{name}.safetensors"
     if not path.is_file():
-        shipped = [str(file.relative_to(folder).with_suffix("")) for file in sorted(folder.glob("*/*.safetensors"))]
+        shipped = [str(file.relative_to(folder).with_suffix("")) for file in sorted(folder.rglob("*.safetensors"))]
         shipped = [name for name in shipped if not name.endswith(("features", "reference", "-prior"))]
         raise SferdError(f"no model '{name}'; allowed: {', '.join(shipped) or 'nothing is shipped'}, or the path of a .safetensors file")
     model, info = load_model(path)

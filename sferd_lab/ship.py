@@ -1,5 +1,5 @@
 """Make the files under ``data/``: ``python -m sferd_lab.ship PRESET [name=value ...]``, ``... ship results NAME RUN ...``,
-``... ship students RUN STAGE ...``.
+``... ship students RUN STAGE ...``, ``... ship checkpoints RUN STAGE ...``.
 
 For the preset's data set it trains the feature network, writes the statistics of the reference images on it, trains the teacher and
 scores it. Everything follows from the settings and their seed, so the command makes the same files again on the same machine.
@@ -76,13 +76,13 @@ def ship(preset: str, **parameters: object) -> None:
     write_json(folder / "made.json", {**about, "settings": settings.model_dump(mode="json")})
 
 
-def ship_students(folder: str, *stages: str) -> None:
+def ship_students(folder: str, *stages: str, beside: str = "") -> None:
     """Ship the students ``stages`` of a finished run beside their data set's teacher, in half precision, which keeps the wheel small.
 
-    A conditional pair brings the prior of its codes.
+    With ``beside`` they go into that folder of ``data/`` instead, which is in a clone only. A conditional pair brings its prior.
     """
     weights = Path(folder) / "weights"
-    target = shipped_folder() / load_model(weights / f"{stages[0]}.safetensors")[1]["data"]
+    target = shipped_folder() / beside / load_model(weights / f"{stages[0]}.safetensors")[1]["data"]
     for stage in stages:
         tensors, info = load_tensors(weights / f"{stage}.safetensors")
         halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
@@ -115,7 +115,7 @@ def collect(name: str, folders: list[str]) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "results":
         collect(sys.argv[2], sys.argv[3:])
-    elif sys.argv[1] == "students":
-        ship_students(*sys.argv[2:])
+    elif sys.argv[1] in ("students", "checkpoints"):
+        ship_students(*sys.argv[2:], beside="checkpoints" if sys.argv[1] == "checkpoints" else "")
     else:
         ship(sys.argv[1], **parse_literals(sys.argv[2:]))
