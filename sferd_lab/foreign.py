@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -259,13 +260,22 @@ def load_diffusers(source: str | Path) -> NetworkDenoiser:
 
 
 def save_diffusers(denoiser: NetworkDenoiser, folder: Path | str) -> None:
-    """Write teacher or student as a ``DDIMPipeline`` in the Hub's format, weights as safetensors.
+    """Write teacher or student as a ``DDIMPipeline`` in the Hub's format, weights as safetensors: the whole folder or nothing.
 
-    Raises SferdError for a denoiser that is not of a diffusers model: nothing else can be said in that format.
+    An earlier pipeline in ``folder`` is replaced. Raises SferdError for a denoiser that is not of a diffusers model, since nothing else
+    can be said in that format, and for a folder that holds something else.
     """
     from diffusers import DDIMPipeline
 
     network = getattr(denoiser, "network", None)
     if not isinstance(network, DiffusersUNet):
         raise SferdError(f"a {type(denoiser).__name__} of a {type(network).__name__}; allowed: a NetworkDenoiser of a DiffusersUNet")
-    DDIMPipeline(network.unet, network.scheduler).save_pretrained(folder, safe_serialization=True)
+    folder = Path(folder)
+    if folder.exists() and not (folder / "model_index.json").is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise SferdError(f"{folder} holds something other than a pipeline; allowed: a new or empty folder, or an earlier pipeline")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        DDIMPipeline(network.unet, network.scheduler).save_pretrained(Path(temporary) / "new", safe_serialization=True)
+        if folder.exists():
+            folder.rename(Path(temporary) / "old")
+        (Path(temporary) / "new").rename(folder)

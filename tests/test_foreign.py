@@ -235,6 +235,24 @@ def test_a_student_goes_back_into_a_stock_pipeline(scheduler: str, tmp_path: Pat
         torch.testing.assert_close(again(noise, 1.0).v, student(noise, 1.0).v)
 
 
+def test_a_pipeline_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = adapted().float(), adapted({"block_out_channels": (8, 24)}).float()
+    save_diffusers(first, tmp_path / "theirs")
+    with monkeypatch.context() as patched:
+        patched.setattr(DDIMScheduler, "save_pretrained", lambda *_args, **_options: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            save_diffusers(second, tmp_path / "theirs")
+    assert load_diffusers(tmp_path / "theirs").network.unet.config.block_out_channels == [8, 16]
+    save_diffusers(second, tmp_path / "theirs")
+    assert load_diffusers(tmp_path / "theirs").network.unet.config.block_out_channels == [8, 24]
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(SferdError, match="mine holds something other than a pipeline; allowed"):
+        save_diffusers(first, tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
 def test_the_projects_own_files_hold_it_too(tmp_path: Path) -> None:
     teacher = adapted().float()
     pair = SemanticDenoiser(copy.deepcopy(teacher), 4)
