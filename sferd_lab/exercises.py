@@ -80,6 +80,26 @@ def _a_step(generator: torch.Generator) -> tuple[object, ...]:
     return _images(generator), _images(generator), phi, _angle(generator, 0.0, phi - 0.2)
 
 
+ROOT_MEAN_SQUARE = Exercise(
+    lambda a, b: torch.linalg.vector_norm(a - b) / a.numel() ** 0.5,
+    lambda generator: (_images(generator), _images(generator)),
+    {
+        "the root is missing: this is in squared gray values.": lambda a, b: (a - b).square().mean(),
+        "this adds the squares up. The mean does not grow with the number of pixels.": lambda a, b: (a - b).square().sum().sqrt(),
+        "this is the mean absolute difference: square first, then average, then take the root.": lambda a, b: (a - b).abs().mean(),
+        "differences up and down cancel: square them first.": lambda a, b: (a - b).mean(),
+    },
+)
+TO_PIXELS = Exercise(
+    lambda images: 127.5 + 127.5 * torch.where(images.abs() > 1, images.sign(), images),
+    lambda generator: (_images(generator),),
+    {
+        "values outside [-1, 1] are not cut off: they have no gray.": lambda images: (images + 1) * 127.5,
+        "these run from 0 to 1: the brightest pixel should be 255.": lambda images: (images.clamp(-1, 1) + 1) / 2,
+        "-1 does not become 0: shift before you scale.": lambda images: images.clamp(-1, 1) * 255,
+        "all that is darker than middle gray is lost: -1 should become 0, and 0 the middle.": lambda images: images.clamp(0, 1) * 255,
+    },
+)
 ADD_NOISE = Exercise(
     lambda x0, eps, phi: _turned(x0, eps, -phi),
     _two_images_and_an_angle,
@@ -482,6 +502,55 @@ GAP_CLOSED = Exercise(
     },
 )
 
+def _three_sets(generator: torch.Generator) -> tuple[object, ...]:
+    return tuple(torch.randn(count, 6, generator=generator, dtype=torch.float64) for count in (4, 9, 7))
+
+
+def _nearest(samples: Tensor, others: Tensor) -> Tensor:
+    return torch.stack([(others - one).square().sum(1).sqrt().amin() for one in samples])
+
+
+COPYING = Exercise(
+    lambda samples, training, held_out: _nearest(samples, training) / _nearest(samples, held_out),
+    _three_sets,
+    {
+        "the ratio is upside down: a copy of a training image should have 0.": lambda samples, training, held_out: (
+            _nearest(samples, held_out) / _nearest(samples, training)
+        ),
+        "these distances are still squared.": lambda samples, training, held_out: (
+            (_nearest(samples, training) / _nearest(samples, held_out)).square()
+        ),
+        "this is the mean distance to all. Ask for the nearest: a copy is close to one image only.": lambda samples, training, held_out: (
+            torch.cdist(samples, training).mean(1) / torch.cdist(samples, held_out).mean(1)
+        ),
+    },
+)
+STEPS_FOR_THE_PRICE = Exercise(
+    lambda pair, plain: torch.div(pair, plain, rounding_mode="floor"),
+    lambda generator: (
+        1 + 4 * torch.rand(6, generator=generator, dtype=torch.float64),
+        0.2 + 0.6 * torch.rand(6, generator=generator, dtype=torch.float64),
+    ),
+    {
+        "you round up: that many steps cost more than the pair does.": lambda pair, plain: (pair / plain).ceil(),
+        "you round to the nearest: where that is up, the plain student costs more than the pair.": lambda pair, plain: (
+            (pair / plain).round()
+        ),
+        "a part of a step cannot be taken: round down.": lambda pair, plain: pair / plain,
+        "the ratio is upside down.": lambda pair, plain: plain / pair,
+    },
+)
+
+
+def check_root_mean_square(function: Function) -> None:
+    """``root_mean_square(a, b)``: two batches of images (N, C, H, W) to how far they differ, a tensor without axes."""
+    print(ROOT_MEAN_SQUARE.verdict(function))
+
+
+def check_to_pixels(function: Function) -> None:
+    """``to_pixels(images)``: images in [-1, 1] (N, C, H, W), with some values beyond, to gray values from 0 to 255."""
+    print(TO_PIXELS.verdict(function))
+
 
 def check_add_noise(function: Function) -> None:
     """``add_noise(x0, eps, phi)``: images (B, ...), noise of the same shape and an angle, to the noised images."""
@@ -606,3 +675,13 @@ def check_ratio_over_seeds(function: Function) -> None:
 def check_gap_closed(function: Function) -> None:
     """``gap_closed(student, improved, teacher)``: three scores to the share of the gap to the teacher that is closed."""
     print(GAP_CLOSED.verdict(function))
+
+
+def check_copying(function: Function) -> None:
+    """``copying(samples, training, held_out)``: three sets of features (N, d), (T, d), (H, d) to a ratio for each sample (N,)."""
+    print(COPYING.verdict(function))
+
+
+def check_steps_for_the_price(function: Function) -> None:
+    """``steps_for_the_price(pair, plain)``: FLOPs of the pair's one step and of a plain one (N,) to whole numbers of steps (N,)."""
+    print(STEPS_FOR_THE_PRICE.verdict(function))

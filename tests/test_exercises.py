@@ -59,6 +59,30 @@ def spread(part: torch.Tensor) -> torch.Tensor:
 
 
 WRONG = {
+    "root_mean_square": [
+        (lambda a, b: ((a - b) ** 2).mean(), "the root is missing"),
+        (lambda a, b: (a - b).norm(), "this adds the squares up"),
+        (lambda a, b: (b - a).abs().mean(), "the mean absolute difference"),
+        (lambda a, b: ((a - b) ** 2).mean((1, 2, 3)).sqrt(), r"your result has shape \(3,\)"),
+    ],
+    "to_pixels": [
+        (lambda images: 127.5 * images + 127.5, "are not cut off"),
+        (lambda images: (images.clamp(-1, 1) + 1) / 2, "these run from 0 to 1"),
+        (lambda images: 255 * images.clamp(-1, 1), "shift before you scale"),
+        (lambda images: 255 * images.clamp(0, 1), "darker than middle gray is lost"),
+    ],
+    "copying": [
+        (lambda s, t, h: torch.cdist(s, h).amin(1) / torch.cdist(s, t).amin(1), "upside down"),
+        (lambda s, t, h: torch.cdist(s, t).amin(1) ** 2 / torch.cdist(s, h).amin(1) ** 2, "still squared"),
+        (lambda s, t, h: torch.cdist(s, t).mean(1) / torch.cdist(s, h).mean(1), "the mean distance to all"),
+        (lambda s, t, h: (torch.cdist(s, t).amin(1) / torch.cdist(s, h).amin(1)).median(), "your result has shape"),
+    ],
+    "steps_for_the_price": [
+        (lambda pair, plain: (pair / plain).ceil(), "you round up"),
+        (lambda pair, plain: (pair / plain).round(), "you round to the nearest"),
+        (lambda pair, plain: pair / plain, "a part of a step"),
+        (lambda pair, plain: plain / pair, "upside down"),
+    ],
     "add_noise": [
         (lambda x0, eps, phi: sin(phi) * x0 + cos(phi) * eps, "sine and cosine are exchanged"),
         (lambda x0, eps, phi: (1 - phi / (math.pi / 2)) * x0 + phi / (math.pi / 2) * eps, "their squares should add up to 1"),
