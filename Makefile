@@ -21,10 +21,10 @@ parameters = $(foreach pair,$(filter-out PYTHON=% run_folder=% file=%,$(MAKEOVER
 # Train, distil, sample and score, by running the notebook; then a page of it without code, and the table.
 experiment: .venv/ready
 	@mkdir -p $(run_folder)
-	TQDM_MININTERVAL=10 $(BIN)/papermill --log-output --no-progress-bar notebooks/experiment.ipynb $(run_folder)/experiment.ipynb \
+	TQDM_MININTERVAL=10 SFERD_LAB_WIDGETS=0 $(BIN)/papermill --log-output --no-progress-bar notebooks/experiment.ipynb $(run_folder)/experiment.ipynb \
 		$(if $(file),-f $(file)) -p run_folder $(run_folder) $(parameters)
 	$(BIN)/jupyter nbconvert --log-level WARN --to html --no-input --TagRemovePreprocessor.enabled True \
-		--TagRemovePreprocessor.remove_all_outputs_tags progress $(run_folder)/experiment.ipynb
+		--TagRemovePreprocessor.remove_all_outputs_tags progress --TagRemovePreprocessor.remove_cell_tags course $(run_folder)/experiment.ipynb
 	$(BIN)/python -m sferd_lab.report $(run_folder)
 
 test: .venv/ready lint

@@ -502,6 +502,7 @@ GAP_CLOSED = Exercise(
     },
 )
 
+
 def _three_sets(generator: torch.Generator) -> tuple[object, ...]:
     return tuple(torch.randn(count, 6, generator=generator, dtype=torch.float64) for count in (4, 9, 7))
 
@@ -518,8 +519,8 @@ COPYING = Exercise(
             _nearest(samples, held_out) / _nearest(samples, training)
         ),
         "these distances are still squared.": lambda samples, training, held_out: (
-            (_nearest(samples, training) / _nearest(samples, held_out)).square()
-        ),
+            _nearest(samples, training) / _nearest(samples, held_out)
+        ).square(),
         "this is the mean distance to all. Ask for the nearest: a copy is close to one image only.": lambda samples, training, held_out: (
             torch.cdist(samples, training).mean(1) / torch.cdist(samples, held_out).mean(1)
         ),
@@ -534,8 +535,8 @@ STEPS_FOR_THE_PRICE = Exercise(
     {
         "you round up: that many steps cost more than the pair does.": lambda pair, plain: (pair / plain).ceil(),
         "you round to the nearest: where that is up, the plain student costs more than the pair.": lambda pair, plain: (
-            (pair / plain).round()
-        ),
+            pair / plain
+        ).round(),
         "a part of a step cannot be taken: round down.": lambda pair, plain: pair / plain,
         "the ratio is upside down.": lambda pair, plain: plain / pair,
     },

@@ -28,6 +28,7 @@ from sferd_lab.analysis.spatial import error_map, mean_interval, spearman, to_gr
 from sferd_lab.artifacts import Pretrained
 from sferd_lab.denoiser import Denoiser
 from sferd_lab.diffusion import HALF_PI, add_noise, angle_grid, log_snr
+from sferd_lab.experiment import Row
 from sferd_lab.guidance import default_layer, gaussian_blur, guidance_mask, guide
 from sferd_lab.plots import PALETTE, maps_row, same_noise_rows, show_grid, term_bars, trajectory
 from sferd_lab.sample import SAMPLERS, SampleNoise, sample
@@ -220,4 +221,39 @@ def ensemble_explorer(students: Tensor, teachers: Tensor, m: Tensor) -> ipywidge
         show,
         k=ipywidgets.IntSlider(value=min(4, most_teachers), min=2, max=most_teachers, description="teachers"),
         m_students=ipywidgets.IntSlider(value=2, min=2, max=most_students, description="students"),
+    )
+
+
+def scores_explorer(table: pd.DataFrame) -> ipywidgets.Widget | None:
+    """Every kind of samples in ``table`` (one or more runs' ``metrics.csv``) by a metric and number of steps of choice, a dot a seed.
+
+    The line with its band is the floor: what real images get, mean and standard deviation.
+    """
+    kinds = table[(table["steps"] > 0) & table["floor"].notna()]
+    names = kinds[list(Row.__dataclass_fields__)].apply(lambda row: Row(*row).label.split(", ")[0], axis=1)
+    kinds = kinds.assign(samples=names + kinds["sampler"].eq("heun").map({True: ", Heun", False: ""}))
+
+    def show(metric: str, steps: int) -> tuple[Figure, str]:
+        rows = kinds[(kinds["metric"] == metric) & (kinds["steps"] == steps)].drop_duplicates(["samples", "seed"])
+        means = rows.groupby("samples", sort=False)["value"].mean().sort_values()
+        figure, axes = plt.subplots(figsize=(7, 0.6 + 0.3 * max(3, len(means))), layout="constrained")
+        floor, spread = rows[["floor", "floor_sd"]].iloc[0]
+        axes.axvspan(floor - spread, floor + spread, color="gray", alpha=0.3)
+        axes.axvline(floor, color="gray", label="real images")
+        axes.plot(rows["value"], [list(means.index).index(name) for name in rows["samples"]], "o", color=PALETTE[0], mfc="none")
+        axes.plot(means, range(len(means)), "|", ms=12, mew=2, color=PALETTE[1], label="mean over seeds")
+        axes.set_yticks(range(len(means)), means.index)
+        axes.invert_yaxis()
+        axes.set_xscale("log" if means.min() > 0 and means.max() > 20 * means.min() else "linear")
+        axes.set_xlabel(f"{metric}, {steps} step{'s' * (steps > 1)}")
+        axes.legend(fontsize=8)
+        counts = rows.groupby("samples")["seed"].nunique()
+        told = "; ".join(f"{name} {value:.3g} ({counts[name]})" for name, value in means.items())
+        return figure, f"{metric}, {steps} step{'s' * (steps > 1)}, mean (number of seeds), real images {floor:.3g}: {told}."
+
+    few = sorted(set(kinds.loc[kinds["method"] != "teacher", "steps"])) or sorted(set(kinds["steps"]))
+    return explore(
+        show,
+        metric=ipywidgets.SelectionSlider(value="fd", options=list(dict.fromkeys(kinds["metric"])), description="metric"),
+        steps=ipywidgets.SelectionSlider(value=few[0], options=few, description="steps"),
     )

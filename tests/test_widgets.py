@@ -12,6 +12,7 @@ import time
 
 import ipywidgets
 import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 import torch
 
@@ -160,3 +161,33 @@ def test_the_ensemble_explorer_shows_what_decompose_says(shown: list[object], mo
     assert f"teacher variance {found.loc['teacher_variance', 'value']:.3f} [{found.loc['teacher_variance', 'low']:.3f}, " in picture.value
     k.value = 2  # of two teachers there is no interval
     assert "[" not in picture.value.split("<p>")[1]
+
+
+def scores(values: dict[tuple[str, int, int], float], metric: str = "fd") -> pd.DataFrame:
+    """Lines of a ``metrics.csv`` by method, steps and seed."""
+    identity = {"guidance": False, "sgp": "", "z": "", "sampler": "ddim", "metric": metric, "floor": 0.5, "floor_sd": 0.1}
+    return pd.DataFrame([{"method": m, "steps": k, "seed": seed, "value": v, **identity} for (m, k, seed), v in values.items()])
+
+
+def test_scores_name_the_mean_and_the_number_of_seeds_of_every_kind(shown: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SFERD_LAB_WIDGETS", raising=False)
+    fd = scores({("teacher", 1, 1): 90.0, ("pd", 1, 1): 2.0, ("pd", 1, 2): 3.0, ("cd", 1, 1): 1.5, ("pd", 4, 1): 1.25})
+    kid = scores({("pd", 1, 1): -0.25, ("pd", 4, 1): 0.75}, "kid")
+    metric, steps, picture = widgets.scores_explorer(pd.concat([fd, kid])).children
+    words = "fd, 1 step, mean (number of seeds), real images 0.5: cd 1.5 (1); pd 2.5 (2); teacher 90 (1)."
+    assert words in picture.value
+    steps.value = 4
+    assert "fd, 4 steps, mean (number of seeds), real images 0.5: pd 1.25 (1)." in picture.value
+    metric.value = "kid"
+    assert "kid, 4 steps, mean (number of seeds), real images 0.5: pd 0.75 (1)." in picture.value
+    steps.value = 1
+    assert "kid, 1 step, mean (number of seeds), real images 0.5: pd -0.25 (1)." in picture.value
+
+
+def test_scores_tell_the_samplers_apart_and_take_a_teacher_alone(
+    shown: list[object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SFERD_LAB_WIDGETS", "0")
+    table = scores({("teacher", 8, 1): 2.0})
+    widgets.scores_explorer(pd.concat([table, table.assign(sampler="heun", value=1.0)]))
+    assert "teacher, Heun 1 (1); teacher 2 (1)." in capsys.readouterr().out

@@ -30,6 +30,14 @@ def explorer_cells(name: str) -> dict[int, list[str]]:
 WITH_EXPLORERS = [path.name for path in sorted(NOTEBOOKS.glob("*.ipynb")) if explorer_cells(path.name)]
 
 
+def make_tiny(path: Path) -> None:
+    """Have a copy of the experiment train a few steps only: what is tested there is its explorer."""
+    notebook = nbformat.read(path, as_version=4)
+    (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    cell.source = f"%env SFERD_LAB_TINY=1\n{cell.source}"
+    nbformat.write(notebook, path)
+
+
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     if not (chromium := find()):
@@ -37,6 +45,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     folder = tmp_path_factory.mktemp("lab")
     # What a run writes into the notebooks stays in this copy.
     copy = Path(shutil.copytree(NOTEBOOKS, folder / "notebooks", ignore=shutil.ignore_patterns(".ipynb_checkpoints")))
+    make_tiny(copy / "experiment.ipynb")
     with serve(copy, folder) as (address, token), sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_OPTIONS, timeout=START * 1000)
         yield Lab(browser, address, token, folder)
