@@ -109,7 +109,11 @@ class Settings(BaseModel):
     neighbours: Count = Field(5, description="k of precision, recall, density and coverage")
 
     device: Literal["auto", "cpu"] = Field("auto", description="auto: accelerate's choice (CUDA or MPS when there)")
-    precision: Literal["no", "bf16", "fp16"] = Field("no", description="mixed precision of training")
+    processes: Count = Field(1, description="processes that a notebook starts, one a GPU; torchrun's number counts instead of it")
+    precision: Literal["no", "tf32", "bf16", "fp16"] = Field("no", description="of training: single, with TF32 products, or mixed")
+    accumulate: Count = Field(1, description="parts in which a batch goes through the network, one after another, to save memory")
+    gradient_checkpointing: bool = Field(False, description="compute blocks twice rather than keep them for the backward pass")
+    compile: bool = Field(False, description="torch.compile the trained network")
     checkpoint_every: Annotated[int, Field(ge=0)] = Field(200, description="training steps between checkpoints; 0: only at the end")
 
     def model_post_init(self, _: Any) -> None:

@@ -46,6 +46,13 @@ class Batch:
     labels: Tensor | None = None
     z_noise: Tensor | None = None
 
+    def part(self, index: int, count: int) -> Batch:
+        """The rows that are the ``index``-th of ``count`` equal parts in order."""
+        if count == 1:
+            return self
+        values = (getattr(self, name) for name in self.__dataclass_fields__)
+        return Batch(*(None if value is None else value.chunk(count)[index] for value in values))
+
     def pick(self, grid: Tensor) -> tuple[Tensor, Tensor]:
         """Random neighbours (phi, psi) of a descending ``grid`` of angles, each (B,)."""
         index = (self.uniform * (len(grid) - 1)).long()

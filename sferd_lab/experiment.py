@@ -9,10 +9,12 @@ goes on where it stopped, and ends with the same weights.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import platform
 import subprocess
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -30,8 +32,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from sferd_lab import processes
 from sferd_lab.artifacts import Model, load_model, save_model, seeded, shipped_folder
-from sferd_lab.config import Settings
+from sferd_lab.config import Settings, make_settings, parse_literals
 from sferd_lab.data import ImageData, Split, bootstrap, load_images
 from sferd_lab.denoiser import Denoiser, NetworkDenoiser
 from sferd_lab.diffusion import add_noise
@@ -111,9 +114,10 @@ class Run:
         self.folder = Path(settings.run_folder) if settings.run_folder else default
         self.data: ImageData = load_images(settings.data, settings.image_size, settings.data_folder)
         self.shape = self.data.shape
+        processes.connect(cpu=settings.device == "cpu")
         self.device = torch.device("cpu")
         if settings.device == "auto" and torch.accelerator.is_available():
-            self.device = torch.accelerator.current_accelerator()
+            self.device = torch.device(torch.accelerator.current_accelerator().type, torch.accelerator.current_device_index())
         classes = self.data.classes if settings.class_conditional else 0
         self.unet = UNetSettings(self.shape[0], settings.widths, settings.blocks, settings.attention, settings.heads, classes)
         split = self.data.train if settings.bootstrap is None else bootstrap(self.data.train, settings.bootstrap)
@@ -161,9 +165,9 @@ class Run:
         return {"labels": torch.zeros(1, dtype=torch.long)} if self.unet.classes else {}
 
     def _claim_folder(self) -> None:
-        """Write ``config.json``, or refuse a folder that holds another run."""
+        """Write ``config.json``, or refuse a folder that holds another run. How many processes share the work may change on the way."""
         path = self.folder / "config.json"
-        mine = json.loads(self.settings.model_copy(update={"run_folder": None}).model_dump_json())
+        mine = json.loads(self.settings.model_copy(update={"run_folder": None, "processes": 1}).model_dump_json())
         if path.exists():
             theirs = read_json(path).get("settings", {})
             for name in sorted(mine.keys() | theirs.keys()):
@@ -172,8 +176,9 @@ class Run:
                         f"run folder {self.folder} was made with {name} = {theirs.get(name)}, these settings have {mine.get(name)}; "
                         "allowed: the same settings, or another run_folder"
                     )
-        else:
-            write_json(path, {"settings": mine, "made_with": provenance()})
+        processes.wait()  # all have looked
+        if not path.exists():
+            processes.once(lambda: write_json(path, {"settings": mine, "made_with": provenance()}))
 
     # Stages -------------------------------------------------------------------------------------------------------------
 
@@ -182,7 +187,7 @@ class Run:
     ) -> Denoiser:
         """Train the stage ``name`` unless its weights are there; its averaged weights, ready to use. ``options`` are TrainSettings'."""
         path = self.folder / "weights" / f"{name}.safetensors"
-        if path.exists():
+        if self._is_there(path):
             return load_model(path)[0].to(self.device)
         settings = self.settings
         options = {"ema_decay": settings.ema_decay} | options
@@ -194,23 +199,37 @@ class Run:
             seed=stage_seed(settings.seed, seed_of or name),
             precision=settings.precision,
             device=settings.device,
+            accumulate=settings.accumulate,
+            gradient_checkpointing=settings.gradient_checkpointing,
+            compile=settings.compile,
             **options,
         )
         checkpoint = self.folder / "checkpoints" / f"{name}.safetensors"
         flops, started = training.steps * step_flops(build(), make_target, data, training), time.perf_counter()
-        with tqdm(total=training.steps, desc=name, disable=not self.progress, leave=True) as bar:
+        with tqdm(total=training.steps, desc=name, disable=not self.progress or processes.rank() > 0, leave=True) as bar:
             for state in train(build(), make_target, data, training, checkpoint):
                 bar.update(state.step - bar.n)
                 if state.step % 20 == 0:
                     bar.set_postfix(loss=f"{state.losses[-20:].mean():.4f}")
-        losses = pd.DataFrame({"stage": name, "step": range(1, training.steps + 1), "loss": state.losses.numpy()})
-        self._append("training.csv", losses, {"stage": name})
         cost = {"seconds": time.perf_counter() - started, "tflop": flops / 1e12}
-        self._append("stages.csv", pd.DataFrame([{"stage": name, **cost}]), {"stage": name})
-        # The weights are what marks a stage as finished: written last, then the checkpoint is no longer needed.
-        self._save(path, state.ema, {"stage": name, "training": asdict(training)})
-        checkpoint.unlink()
+
+        def keep() -> None:
+            losses = pd.DataFrame({"stage": name, "step": range(1, training.steps + 1), "loss": state.losses.numpy()})
+            self._append("training.csv", losses, {"stage": name})
+            self._append("stages.csv", pd.DataFrame([{"stage": name, **cost}]), {"stage": name})
+            # The weights are what marks a stage as finished: written last, then the checkpoint is no longer needed.
+            self._save(path, state.ema, {"stage": name, "training": asdict(training)})
+            checkpoint.unlink()
+
+        processes.once(keep)
         return state.ema.requires_grad_(False).to(self.device)
+
+    @staticmethod
+    def _is_there(path: Path) -> bool:
+        """Whether that file is there, the same for all processes: none goes on and makes it before all have looked."""
+        there = path.exists()
+        processes.wait()
+        return there
 
     def _save(self, path: Path, model: Model, info: dict[str, Any]) -> None:
         save_model(path, model, {**info, "shape": list(self.shape), "data": self.data.name, "seed": self.settings.seed})
@@ -219,18 +238,20 @@ class Run:
         """The teacher that ``teacher_from`` names, else the shipped one of this data set, or one trained here: with ``retrain``, or where
         none is shipped.
         """
-        path = self.folder / "weights" / "teacher.safetensors"
+        settings, path = self.settings, self.folder / "weights" / "teacher.safetensors"
         shipped = shipped_folder() / self.data.name / "teacher.safetensors"
-        if not path.exists() and self.settings.teacher_from:
-            self._save(path, self.foreign_teacher(), {"stage": "teacher", "teacher_from": self.settings.teacher_from})
-        if not path.exists() and shipped.exists() and not self.settings.retrain and self.settings.bootstrap is None:
-            model, info = load_model(shipped)
-            if model.network.shape != self.unet:
-                raise SferdError(
-                    f"the shipped teacher has {model.network.shape}, these settings {self.unet}; set retrain = True to train one"
-                )
-            self._save(path, model, {key: value for key, value in info.items() if key in ("stage", "training")})
-        settings = self.settings
+        if not self._is_there(path):
+            if settings.teacher_from:
+                found = self.foreign_teacher()
+                processes.once(lambda: self._save(path, found, {"stage": "teacher", "teacher_from": settings.teacher_from}))
+            elif shipped.exists() and not settings.retrain and settings.bootstrap is None:
+                model, info = load_model(shipped)
+                if model.network.shape != self.unet:
+                    raise SferdError(
+                        f"the shipped teacher has {model.network.shape}, these settings {self.unet}; set retrain = True to train one"
+                    )
+                about = {key: value for key, value in info.items() if key in ("stage", "training")}
+                processes.once(lambda: self._save(path, model, about))
         return self.train_stage(
             "teacher",
             lambda: NetworkDenoiser(seeded(lambda: UNet(self.unet), stage_seed(settings.seed, "teacher"))),
@@ -372,17 +393,19 @@ class Run:
     def prior(self, name: str, model: SemanticDenoiser) -> Prior:
         """The prior over ``model``'s codes of the training images, as the settings have it."""
         path = self.folder / "weights" / f"{name}-prior.safetensors"
-        if path.exists():
+        if self._is_there(path):
             return load_model(path)[0].to(self.device)
         settings, codes = self.settings, self.codes(model, self.train_split.images).clone()
         if settings.prior == "mixture":
-            prior: DiffusionPrior | MixturePrior = MixturePrior.fit(codes, settings.prior_components, settings.seed)
+            processes.once(
+                lambda: self._save(path, MixturePrior.fit(codes, settings.prior_components, settings.seed), {"stage": f"{name}-prior"})
+            )
         else:
             mean, std = codes.mean(0), codes.std(0)
             latent = self.train_latent(f"{name}-latent", (codes - mean) / std)
             prior = DiffusionPrior(latent, mean, std, settings.prior_sampling_steps)
-        self._save(path, prior, {"stage": f"{name}-prior"})
-        return prior.eval().to(self.device)
+            processes.once(lambda: self._save(path, prior, {"stage": f"{name}-prior"}))
+        return load_model(path)[0].to(self.device)
 
     def train_latent(self, name: str, codes: Tensor) -> LatentDenoiser:
         """The latent prior's network, trained on standardised ``codes``."""
@@ -405,12 +428,14 @@ class Run:
         """The metrics on the shipped feature network of this data set, or on one trained here where none is shipped."""
         path = shipped_folder() / self.data.name / "features.safetensors"
         if not path.exists():
-            path = self.folder / "weights" / "features.safetensors"
-        if not path.exists():
-            split = self.data.features
+            path, split = self.folder / "weights" / "features.safetensors", self.data.features
             if split.labels is None:
                 raise SferdError(f"{self.data.name} has no labels to train a feature network on; allowed: data sets with labels")
-            save_feature_network(path, train_feature_network(split.images, split.labels, self.data.classes), {"data": self.data.name})
+            if not self._is_there(path):
+                about = {"data": self.data.name}
+                processes.once(
+                    lambda: save_feature_network(path, train_feature_network(split.images, split.labels, self.data.classes), about)
+                )
         return self._scorer(path, f"{self.data.name}-net")
 
     @cached_property
@@ -427,24 +452,33 @@ class Run:
         floors = {entry["n"]: entry["floors"] for entry in floors.get(digest, []) if entry["k"] == k}
         return Scorer(network, digest, name, *images, k=k, metrics=metrics, known_floors=floors)
 
-    def draw(self, row: Row, denoiser: Denoiser, n: int | None = None, prior: Prior | None = None, **condition: Tensor) -> Samples:
-        """``n`` samples for a row: the same noise, image by image, for every row of this run."""
-        n = n or self.settings.n_samples
+    @property
+    def share(self) -> range:
+        """Which of a row's samples are this process's: whole batches, so that no image depends on how many processes there are."""
+        return processes.share(self.settings.n_samples, self.settings.sampling_batch)
+
+    def draw(self, row: Row, denoiser: Denoiser, which: range | None = None, prior: Prior | None = None, **condition: Tensor) -> Samples:
+        """The samples ``which`` of a row, by default this process's share: the same noise, image by image, for every row of this run.
+
+        ``condition`` has all the row's samples.
+        """
+        which = self.share if which is None else which
         # A label beside a code would have to agree with it, and the prior draws codes alone: with a code there is none.
         if self.unet.classes and prior is None and "z" not in condition:
-            condition["labels"] = torch.arange(n) % self.data.classes
+            condition["labels"] = torch.arange(which.stop) % self.data.classes
         return sample(
             denoiser,
-            n,
+            len(which),
             self.shape,
             row.steps,
             method=row.sampler,
             seed=self.settings.seed,
+            first=which.start,
             batch_size=self.settings.sampling_batch,
-            condition=condition,
+            condition={name: rows[which.start : which.stop] for name, rows in condition.items()},
             prior=prior,
             device=self.device,
-            progress=row.label if self.progress else None,
+            progress=row.label if self.progress and processes.rank() == 0 else None,
         )
 
     def evaluate(self, row: Row, denoiser: Denoiser, prior: Prior | None = None, **condition: Tensor) -> pd.DataFrame:
@@ -453,15 +487,17 @@ class Run:
         if known is not None:
             return known
         started = time.perf_counter()
-        samples = self.draw(row, denoiser, prior=prior, **condition)
+        samples = self.draw(row, denoiser, None, prior, **condition)
+        processes.wait()
         seconds = time.perf_counter() - started
         if row == self.yardstick_row:
             self.yardstick = samples.images
         flops = self._flops(row, denoiser, prior, condition)
-        extra = {"sampling_ms_per_image": 1000 * seconds / len(samples.images), "sampling_mflops_per_image": flops / 1e6}
+        extra = {"sampling_ms_per_image": 1000 * seconds / self.settings.n_samples, "sampling_mflops_per_image": flops / 1e6}
         extra |= {f"nfe_{role}": float(count) for role, count in samples.nfe.items()}
         if row.sampler != "consistency" or row.steps == 1:  # with fresh noise on the way there is no common trajectory
-            extra["teacher_mse"] = float((samples.images - self.yardstick).square().mean())
+            apart = (samples.images - self.yardstick).square().flatten(1).mean(1)
+            extra["teacher_mse"] = float(processes.gather(apart, self.device).mean())
         return self._record(row, samples.images, extra)
 
     @property
@@ -471,7 +507,7 @@ class Run:
 
     @cached_property
     def yardstick(self) -> Tensor:
-        """The samples of that row, on the noise that all rows share."""
+        """The samples of that row that are this process's share, on the noise that all rows have in common."""
         return self.draw(self.yardstick_row, self.teacher()).images
 
     def _flops(self, row: Row, denoiser: Denoiser, prior: Prior | None, condition: dict[str, Tensor]) -> float:
@@ -479,7 +515,7 @@ class Run:
 
         def count(steps: int) -> float:
             with FlopCounterMode(display=False) as counter:
-                self.draw(Row(row.method, sampler=row.sampler, steps=steps), denoiser, 4, prior, **{k: v[:4] for k, v in condition.items()})
+                self.draw(Row(row.method, sampler=row.sampler, steps=steps), denoiser, range(4), prior, **condition)
             return counter.get_total_flops() / 4
 
         first = count(1)
@@ -491,8 +527,8 @@ class Run:
         bad = known_bad(self.data.train.images, self.data.train.labels, self.settings.n_samples, self.settings.seed)
         for name, (images, _) in bad.items():
             row = Row(name)
-            known = self._known(row)
-            frames.append(self._record(row, images, {}) if known is None else known)
+            known, own = self._known(row), images[self.share.start : self.share.stop]
+            frames.append(self._record(row, own, {}) if known is None else known)
         return pd.concat(frames, ignore_index=True)
 
     def code_errors(self, row: Row, model: SemanticDenoiser, prior: Prior) -> pd.DataFrame:
@@ -515,28 +551,40 @@ class Run:
             with torch.inference_mode():
                 predicted = model(x.to(self.device), model.phi_hi, z=z.to(self.device)).x0.cpu()
             values[f"reconstruction_mse_{name}"] = float((predicted - images).square().mean())
-        return self._append_rows(row, values)
+        processes.once(lambda: self._append_rows(row, values))
+        return self._known(row)
 
     def _known(self, row: Row) -> pd.DataFrame | None:
         path = self.folder / "metrics.csv"
-        if not path.exists():
+        table = read_table(path) if path.exists() else None
+        processes.wait()  # all have looked before one of them writes
+        if table is None:
             return None
-        table = read_table(path)
         same = table[(table[list(asdict(row))] == list(asdict(row).values())).all(axis=1)]
         return None if same.empty else same.reset_index(drop=True)
 
     def _record(self, row: Row, images: Tensor, extra: dict[str, float]) -> pd.DataFrame:
-        save_tensors(self.folder / "samples" / f"{row.key}.safetensors", {"images": images[:KEPT]}, {"row": asdict(row)})
-        scores = [asdict(score) for score in self.scorer.scores(images)]
-        if self.second_scorer:
-            scores += [asdict(score) | {"metric": f"{score.metric}_second"} for score in self.second_scorer.scores(images)]
-        return self._append_rows(row, extra, scores)
+        """Keep the first samples, and score all, of which ``images`` are this process's share: features are gathered, not images."""
+        kept = processes.gather(images[: max(0, KEPT - self.share.start)].contiguous(), self.device)
+        judges = {"": self.scorer} | ({"_second": self.second_scorer} if self.second_scorer else {})
+        features = {name: processes.gather(torch.from_numpy(judge.features(images)), self.device) for name, judge in judges.items()}
 
-    def _append_rows(self, row: Row, extra: dict[str, float], scores: list[dict[str, Any]] | None = None) -> pd.DataFrame:
+        def keep() -> None:
+            save_tensors(self.folder / "samples" / f"{row.key}.safetensors", {"images": kept}, {"row": asdict(row)})
+            scores = [
+                asdict(score) | {"metric": f"{score.metric}{name}"}
+                for name, judge in judges.items()
+                for score in judge.scores_of(features[name].numpy())
+            ]
+            self._append_rows(row, extra, scores)
+
+        processes.once(keep)
+        return self._known(row)
+
+    def _append_rows(self, row: Row, extra: dict[str, float], scores: list[dict[str, Any]] | None = None) -> None:
         numbers = (scores or []) + [{"metric": name, "value": value, "n": self.settings.n_samples} for name, value in extra.items()]
         frame = pd.DataFrame([{**asdict(row), "seed": self.settings.seed, **number} for number in numbers])
         self._append("metrics.csv", frame, asdict(row))
-        return frame
 
     def _append(self, name: str, frame: pd.DataFrame, identity: dict[str, Any]) -> None:
         """Put the rows of ``frame`` into a table, in place of those that have the same ``identity``; whole or not at all."""
@@ -622,6 +670,14 @@ class Run:
             yield told
         self.code_errors(row, model, prior)
 
+    def everything(self) -> None:
+        """All stages and all rows that the settings ask for."""
+        self.teacher()
+        rows = [self.evaluate_teacher(), self.evaluate_students(), *([self.evaluate_semantic()] if self.settings.sgp else [])]
+        for _ in itertools.chain(*rows):
+            pass
+        self.evaluate_known_bad()
+
     def table(self) -> pd.DataFrame:
         """``metrics.csv`` as it stands."""
         return read_table(self.folder / "metrics.csv")
@@ -630,6 +686,25 @@ class Run:
         """Keep ``figure`` as ``figures/<name>.png``."""
         with replacing(self.folder / "figures" / f"{name}.png") as temporary:
             figure.savefig(temporary, format="png", dpi=150)
+
+
+def launch(settings: Settings) -> None:
+    """Do the whole experiment in ``processes`` new processes on this machine, if that is more than one: a notebook then finds it done."""
+    if settings.processes > 1:
+        Run(settings, progress=False)  # what does not fit is refused here, in words
+        processes.launch(_work, (settings,), settings.processes)
+
+
+def _work(settings: Settings) -> None:
+    Run(settings).everything()
+
+
+def main(arguments: list[str]) -> None:
+    """``python -m sferd_lab.experiment preset=digits seed=1 ...``: the notebook's run without the notebook, also under ``torchrun``."""
+    settings = make_settings(**parse_literals(arguments))
+    if settings.processes > 1 and processes.count() == 1:
+        return launch(settings)
+    return _work(settings)
 
 
 def read_table(path: Path | str) -> pd.DataFrame:
@@ -670,3 +745,7 @@ def on_codes(semantic: SemanticDenoiser) -> Callable[[Batch], dict[str, Tensor]]
             return {**on_labels(batch), "z": encoder.to(batch.x0.device)(batch.x0) + batch.z_noise}
 
     return condition
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

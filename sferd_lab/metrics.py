@@ -425,11 +425,19 @@ class Scorer:
 
         Raises SferdError for images of another shape than the reference's or not finite, and unless max(dim, k) < N <= T.
         """
+        return self.scores_of(self.features(fake))
+
+    def features(self, fake: Tensor) -> np.ndarray:
+        """The features (N, dim) of generated images (N, C, H, W), clamped to [-1, 1]. Raises SferdError as ``scores`` does."""
         fake = _check_images("generated", fake, real=False)
         if tuple(fake.shape[1:]) != self.shape:
             raise SferdError(f"generated images have shape {tuple(fake.shape[1:])}; allowed: the reference's {self.shape}")
+        return extract(self.network, fake)
+
+    def scores_of(self, fake: np.ndarray) -> list[Score]:
+        """``scores`` from the generated images' features (N, dim), which several processes may have made."""
         floors = self.floors(len(fake))
-        values = self._values(extract(self.network, fake), self.reference, self.train, self.reference)
+        values = self._values(fake, self.reference, self.train, self.reference)
         return [Score(metric, *values[metric], len(fake), *floors[metric], self.name, self.sha256) for metric in self.metrics]
 
 

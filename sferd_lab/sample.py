@@ -131,6 +131,7 @@ def sample(
     *,
     method: str = "ddim",
     seed: int = 0,
+    first: int = 0,
     batch_size: int = 250,
     condition: dict[str, Tensor] | None = None,
     prior: Prior | None = None,
@@ -140,6 +141,7 @@ def sample(
 ) -> Samples:
     """``n`` images of ``shape`` (C, H, W) in ``steps`` steps on ``grid`` (default: equal angles from phi_hi to 0).
 
+    They are the images ``first`` to ``first + n - 1`` of those that ``seed`` gives, of which other processes may draw the others.
     ``condition`` holds tensors with one row an image; a ``prior`` adds the condition ``z``, drawn from streams of its own. ``progress``
     names a progress bar. Raises SferdError for a count below 1, an unknown method, a condition with another number of rows, or a grid
     that has not ``steps + 1`` descending angles.
@@ -157,12 +159,12 @@ def sample(
         raise SferdError(f"the grid has {len(grid)} angles for steps = {steps}; allowed: steps + 1")
     images, batches = [], range(0, n, batch_size)
     before = _count(denoiser, prior)
-    for first in tqdm(batches, desc=progress, disable=progress is None, leave=False):
-        count = min(batch_size, n - first)
-        told = {name: rows[first : first + count].to(device) for name, rows in (condition or {}).items()}
+    for start in tqdm(batches, desc=progress, disable=progress is None, leave=False):
+        count = min(batch_size, n - start)
+        told = {name: rows[start : start + count].to(device) for name, rows in (condition or {}).items()}
         if prior is not None:
-            told["z"] = prior.from_noise(SampleNoise(seed, count, first, purpose=1).draw((prior.noise_dim,)).to(device))
-        noise = SampleNoise(seed, count, first)
+            told["z"] = prior.from_noise(SampleNoise(seed, count, first + start, purpose=1).draw((prior.noise_dim,)).to(device))
+        noise = SampleNoise(seed, count, first + start)
         state = None
         for state in walk(denoiser, noise.draw(shape).to(device), grid, noise, **told):  # noqa: B007 (the last state is the result)
             pass

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sferd_lab import processes
 from sferd_lab.data import Mixture
 from sferd_lab.denoiser import Denoiser, NetworkDenoiser, Prediction
 from sferd_lab.diffusion import Angle, angle_grid, as_angle
@@ -27,6 +28,20 @@ from sferd_lab.sample import ddim
 from sferd_lab.unet import Capture, Decoder, Features, Middle, UNet, UNetSettings, angle_embedding, group_norm
 
 SGP_TARGETS = ("walk", "data", "conditional")
+
+
+class Standardise(nn.BatchNorm1d):
+    """Codes (B, z_dim) to mean 0 and variance 1 over the batch: over that of all processes, where there are several."""
+
+    def __init__(self, z_dim: int) -> None:
+        super().__init__(z_dim, affine=False)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """The standardised codes."""
+        if not self.training or processes.count() == 1:
+            return super().forward(codes)
+        # torch's own SyncBatchNorm does the same on GPUs alone.
+        return super().forward(processes.Everyone.apply(codes)).chunk(processes.count())[processes.rank()]
 
 
 class Encoder(nn.Module):
@@ -51,7 +66,7 @@ class Encoder(nn.Module):
             nn.AdaptiveAvgPool2d(4),
         )
         self.code = nn.Linear(2 * width * 16, z_dim)
-        self.standardise = nn.BatchNorm1d(z_dim, affine=False)
+        self.standardise = Standardise(z_dim)
 
     @property
     def z_dim(self) -> int:

@@ -13,6 +13,7 @@ import json
 import math
 import platform
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from sferd_lab import processes
 from sferd_lab.data import Split
 from sferd_lab.denoiser import Denoiser
 from sferd_lab.distill import LOSSES, Batch, Target, distillation_loss
 from sferd_lab.errors import SferdError
 from sferd_lab.files import load_tensors, save_tensors
+from sferd_lab.unet import set_gradient_checkpointing
 
 ANNEALS = ("constant", "linear", "cosine")
-PRECISIONS = ("no", "bf16", "fp16")
+PRECISIONS = ("no", "tf32", "bf16", "fp16")
 DEVICES = ("auto", "cpu")
 CHECKPOINT_VERSION = 1
 
@@ -37,6 +40,10 @@ CHECKPOINT_VERSION = 1
 @dataclass(frozen=True)
 class TrainSettings:
     """How a stage is trained. ``target_decay`` 0 is a stop-gradient target, otherwise the EMA decay of consistency's target network.
+
+    ``batch_size`` is that of a step, whatever the number of processes; ``accumulate`` takes it in that many parts, one after another, and
+    ``gradient_checkpointing`` computes blocks twice, both to save memory. Of ``PRECISIONS``, "tf32" is single precision with TF32's
+    products on GPUs that have it.
 
     ``null_label`` replaces each label with probability ``label_dropout``; ``z_noise`` is the standard deviation of the noise on ``z_dim``
     numbers that ``Batch.z_noise`` holds; ``checkpoint_every`` counts steps, 0 for none. With ``members`` above 1 the model is an ensemble:
@@ -58,16 +65,19 @@ class TrainSettings:
     z_dim: int = 0
     z_noise: float = 0.0
     members: int = 1
+    accumulate: int = 1
     checkpoint_every: int = 0
     seed: int = 0
     precision: str = "no"
+    gradient_checkpointing: bool = False
+    compile: bool = False
     device: str = "auto"
 
     def __post_init__(self) -> None:
         for name, allowed in (("anneal", ANNEALS), ("precision", PRECISIONS), ("device", DEVICES), ("loss", LOSSES)):
             if getattr(self, name) not in allowed:
                 raise SferdError(f"{name} = '{getattr(self, name)}'; allowed: {', '.join(allowed)}")
-        for name in ("steps", "batch_size", "members"):
+        for name in ("steps", "batch_size", "members", "accumulate"):
             if getattr(self, name) < 1:
                 raise SferdError(f"{name} = {getattr(self, name)}; allowed: 1 or more")
         for name in ("warmup", "weight_decay", "null_label", "z_dim", "z_noise", "checkpoint_every", "seed"):
@@ -147,10 +157,12 @@ def train(
     """Train the parameters of ``model`` that require a gradient; yield the state after every step.
 
     ``make_target(batch, target_network)`` says what to learn. If the file ``checkpoint`` exists, training goes on from it; it is
-    rewritten every ``checkpoint_every`` steps and at the end. Devices and precision are ``accelerate``'s. Raises SferdError when there is
-    nothing to train, when the checkpoint was made with other settings, and, naming the step, when the loss stops being finite.
+    rewritten every ``checkpoint_every`` steps and at the end. Devices, precision and processes are ``accelerate``'s: each of several
+    processes takes its part of the same batch, so their number changes rounding only. Raises SferdError when there is nothing to train,
+    when a batch cannot be parted, when the checkpoint was made with other settings, and, naming the step, when the loss stops being
+    finite.
     """
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
 
     if not len(data.images):
@@ -158,16 +170,31 @@ def train(
     for name, count in (("batch_size", settings.batch_size), ("the number of training images", len(data.images))):
         if count % settings.members:
             raise SferdError(f"{name} = {count}; allowed: multiples of members = {settings.members}")
+    parts_of_a_batch = processes.count() * settings.accumulate
+    if settings.batch_size % parts_of_a_batch or (settings.members > 1 and parts_of_a_batch > 1):
+        raise SferdError(
+            f"batch_size = {settings.batch_size} in {processes.count()} processes x accumulate = {settings.accumulate} parts; "
+            "allowed: equal parts, and for an ensemble one"
+        )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise SferdError("no parameter of the model requires a gradient: there is nothing to train")
     keep_memory()
     # accelerate keeps device and precision for the whole process and refuses others later; here every stage may choose its own.
     AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(cpu=settings.device == "cpu", mixed_precision=settings.precision)
+    accelerator = Accelerator(
+        cpu=settings.device == "cpu",
+        mixed_precision="no" if settings.precision == "tf32" else settings.precision,
+        dynamo_backend="inductor" if settings.compile else None,
+        # Not every parameter has a part in every loss: a network's label embedding, say.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    torch.set_float32_matmul_precision("high" if settings.precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = settings.precision == "tf32"
     optimizer = torch.optim.AdamW(trained, lr=settings.lr, betas=(0.9, 0.99), weight_decay=settings.weight_decay, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, settings.lr_factor)
     model.to(accelerator.device).train()
+    set_gradient_checkpointing(model, settings.gradient_checkpointing)
     # Buffers (batch statistics) are copied, parameters averaged.
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay)).eval()
     target = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.target_decay)) if settings.target_decay else None
@@ -180,17 +207,23 @@ def train(
         yield TrainState(step, losses[:step], scheduler.get_last_lr()[0], model, ema.module)
     while step < settings.steps:
         batch = draw_batch(data, settings, step, accelerator.device)
-        goal = make_target(batch, target.module if target else model)
-        prediction = prepared(goal.x, goal.phi, **goal.condition)
-        loss = distillation_loss(prediction, goal, settings.loss).mean()
-        losses[step] = loss.item()
+        prepared_optimizer.zero_grad()
+        total = torch.zeros((), device=accelerator.device)
+        for index in range(settings.accumulate):
+            part = batch.part(processes.rank() * settings.accumulate + index, parts_of_a_batch)
+            # Processes exchange gradients once a step, with the last part's.
+            with accelerator.no_sync(prepared) if index < settings.accumulate - 1 else nullcontext():
+                goal = make_target(part, target.module if target else model)
+                prediction = prepared(goal.x, goal.phi, **goal.condition)
+                loss = distillation_loss(prediction, goal, settings.loss).mean() / settings.accumulate
+                total += loss.detach()
+                accelerator.backward(loss * settings.members)  # so that each member's gradient is that of its own mean
+        losses[step] = accelerator.reduce(total, "mean").item()
         if not losses[step].isfinite():
             kept = (
                 f"the last good state is in {checkpoint}" if checkpoint and checkpoint.exists() else "no checkpoint was written before it"
             )
-            raise SferdError(f"the loss became {loss.item()} at step {step + 1} of {settings.steps} (lr = {settings.lr}); {kept}")
-        prepared_optimizer.zero_grad()
-        accelerator.backward(loss * settings.members)  # so that each member's gradient is that of its own mean
+            raise SferdError(f"the loss became {losses[step].item()} at step {step + 1} of {settings.steps} (lr = {settings.lr}); {kept}")
         accelerator.clip_grad_norm_(trained, settings.clip)
         lr = scheduler.get_last_lr()[0]
         prepared_optimizer.step()
@@ -200,12 +233,12 @@ def train(
             target.update_parameters(model)
         step += 1
         if checkpoint and (step == settings.steps or (settings.checkpoint_every and step % settings.checkpoint_every == 0)):
-            save_checkpoint(checkpoint, parts, optimizer, scheduler, settings, losses[:step])
+            processes.once(lambda step=step: save_checkpoint(checkpoint, parts, optimizer, scheduler, settings, losses[:step]))
         yield TrainState(step, losses[:step], lr, model, ema.module)
 
 
 def step_flops(model: Denoiser, make_target: MakeTarget, data: Split, settings: TrainSettings) -> int:
-    """FLOPs of one training step, target included, counted on a step that ``model`` takes: give it a copy.
+    """FLOPs of one training step, target and all processes included, counted on a step that ``model`` takes: give it a copy.
 
     Not on a step of the training itself: under the counter other kernels run, and the weights would differ by rounding.
     """
@@ -213,7 +246,7 @@ def step_flops(model: Denoiser, make_target: MakeTarget, data: Split, settings: 
 
     with FlopCounterMode(display=False) as counter:
         next(train(model, make_target, data, settings))
-    return counter.get_total_flops()
+    return processes.count() * counter.get_total_flops()
 
 
 def save_checkpoint(

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sferd_lab.diffusion import HALF_PI, Angle, as_angle
 from sferd_lab.errors import SferdError
@@ -134,9 +135,15 @@ class Block(nn.Module):
         self.conv2 = zeroed(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
         self.attention = SelfAttention(name, c_out, heads) if name else None
+        self.recompute = False
 
     def forward(self, h: Tensor, emb: Tensor, z: Tensor | None = None, capture: Capture | None = None) -> Tensor:
-        """``h`` (B, c_in, H, W) to (B, c_out, H, W)."""
+        """``h`` (B, c_in, H, W) to (B, c_out, H, W). With ``recompute``, nothing within is kept for the backward pass: it is done again."""
+        if self.recompute and torch.is_grad_enabled() and capture is None:
+            return checkpoint(self._block, h, emb, z, use_reentrant=False)
+        return self._block(h, emb, z, capture)
+
+    def _block(self, h: Tensor, emb: Tensor, z: Tensor | None, capture: Capture | None = None) -> Tensor:
         residual = self.conv1(F.silu(self.norm(h)))
         residual = self.conv2(F.silu(self.adagn(residual, emb, z)))
         h = self.skip(h) + residual
@@ -326,6 +333,15 @@ class UNet(nn.Module):
                 f"labels are {labels.dtype} of shape {tuple(labels.shape)} with values {labels.min().item()} to {labels.max().item()}; "
                 f"allowed: integers ({x.shape[0]},) with 0 to {self.shape.classes} (the last: no label)"
             )
+
+
+def set_gradient_checkpointing(model: nn.Module, on: bool) -> None:
+    """Have the blocks of every U-Net in ``model`` compute their insides twice rather than keep them for the backward pass, or not."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.recompute = on
+        elif on and hasattr(module, "enable_gradient_checkpointing"):  # a network of diffusers
+            module.enable_gradient_checkpointing()
 
 
 def check_layers(layers: Sequence[str], available: Sequence[str]) -> None:

@@ -623,7 +623,7 @@ def test_rows_share_their_noise_and_labels_image_by_image(scored: Run) -> None:
 def test_labels_are_dealt_in_turn(scored: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     told: dict[str, Tensor] = {}
     monkeypatch.setattr(experiment, "sample", lambda *_, condition, **__: told.update(condition))
-    scored.draw(Row("pd", sampler="ddim", steps=1), scored.teacher(), 23)
+    scored.draw(Row("pd", sampler="ddim", steps=1), scored.teacher(), range(23))
     assert told["labels"].tolist() == [*range(10), *range(10), 0, 1, 2]
 
 
@@ -651,9 +651,9 @@ def test_a_summary_has_a_line_for_each_scored_row_and_one_for_the_floor(scored: 
 def test_with_a_code_there_is_no_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, row, told = start(tmp_path, class_conditional=True), Row("pd", sampler="ddim", steps=1), []
     monkeypatch.setattr(experiment, "sample", lambda *_args, condition, **_options: told.append(set(condition)))
-    run.draw(row, run.teacher(), 8)
-    run.draw(row, run.teacher(), 8, z=torch.zeros(8, 4))
-    run.draw(row, run.teacher(), 8, prior=object())
+    run.draw(row, run.teacher(), range(8))
+    run.draw(row, run.teacher(), range(8), z=torch.zeros(8, 4))
+    run.draw(row, run.teacher(), range(8), prior=object())
     assert told == [{"labels"}, {"z"}, set()]
 
 

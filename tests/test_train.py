@@ -3,6 +3,7 @@ import copy
 import itertools
 import math
 import platform
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -563,7 +564,7 @@ def test_one_process_can_train_at_one_precision_after_another():
         ("checkpoint_every", -5, "0 or more"),
         ("z_noise", -0.1, "0 or more"),
         ("anneal", "step", "constant, linear, cosine"),
-        ("precision", "fp8", "no, bf16, fp16"),
+        ("precision", "fp8", "no, tf32, bf16, fp16"),
         ("device", "cuda", "auto, cpu"),
         ("loss", "l1", "v, x0_snr, l2, pseudo_huber"),
     ],
@@ -633,3 +634,65 @@ def test_a_steps_flops_are_those_of_its_passes():
     assert step_flops(copy.deepcopy(model), denoise, data, options()) == learning
     # Two sub-steps of the teacher for each step of a progressive student.
     assert step_flops(copy.deepcopy(model), ProgressiveTarget(teacher, 4), data, options()) == learning + 2 * forward
+
+
+# ---- less memory, more speed
+
+
+def trained(model, target, data, **changes):
+    return run(model, target, data, options(**changes))
+
+
+def test_a_batch_in_parts_has_the_whole_one_s_losses_and_weights():
+    # To rounding, which Adam blows up where a gradient is near zero: by less than the learning rate, 1e-3, a step.
+    for target, data, changes in (
+        (denoise, IMAGES, {"label_dropout": 0.3, "null_label": 3}),
+        (ConsistencyTarget(unet(9), 4), Split(IMAGES.images, None), {"loss": "pseudo_huber", "target_decay": 0.9}),
+    ):
+        classes = 3 if data.labels is not None else 0
+        whole, parts = (trained(unet(1, classes=classes), target, data, accumulate=count, **changes) for count in (1, 4))
+        torch.testing.assert_close(parts.losses, whole.losses, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(weights(parts.ema), weights(whole.ema), rtol=0, atol=1e-3)
+
+
+def test_gradient_checkpointing_changes_what_is_kept_and_nothing_else():
+    kept = {}
+    for on in (False, True):
+        count = 0
+
+        def pack(tensor):
+            nonlocal count
+            count += tensor.numel()
+            return tensor
+
+        model = unet(1)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            last = trained(model, ProgressiveTarget(unet(2), 2), Split(IMAGES.images, None), gradient_checkpointing=on, steps=2)
+        kept[on] = (count, last.losses, weights(last.model))
+    assert kept[True][0] < kept[False][0] / 2
+    assert torch.equal(kept[True][1], kept[False][1])
+    assert torch.equal(kept[True][2], kept[False][2])
+
+
+def test_tf32_is_for_whoever_asks_for_it():
+    for precision, words, cudnn in (("tf32", "high", True), ("no", "highest", False)):
+        trained(small(), denoise, POINTS, precision=precision, steps=1)
+        assert torch.get_float32_matmul_precision() == words
+        assert torch.backends.cudnn.allow_tf32 is cudnn
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile on a CPU needs a C++ compiler")
+def test_compiling_is_accelerate_s_and_off_by_default(monkeypatch):
+    import accelerate
+
+    asked = []
+
+    class Spy(accelerate.Accelerator):
+        def __init__(self, *arguments, dynamo_backend, **rest):
+            asked.append(dynamo_backend)
+            super().__init__(*arguments, **rest)
+
+    monkeypatch.setattr(accelerate, "Accelerator", Spy)
+    for on in (False, True):
+        trained(small(), denoise, POINTS, compile=on, steps=1)
+    assert asked == [None, "inductor"]
