@@ -59,6 +59,10 @@ class Settings(BaseModel):
     teacher_ema_decay: Fraction = Field(0.998, description="decay of the teacher's moving average")
     label_dropout: Fraction = Field(0.1, description="share of labels hidden in training, for classifier-free guidance")
 
+    classifier_free: Annotated[float, Field(ge=0, le=20)] = Field(
+        1.0, description="scale of the teacher's classifier-free guidance, with class_conditional; 1: none"
+    )
+
     methods: tuple[Literal["pd", "cd"], ...] = Field(("pd", "cd"), description="progressive and/or consistency distillation")
     guided: tuple[bool, ...] = Field((False, True), description="without and/or with attention guidance of the teacher")
     sgp: bool = Field(True, description="train the semantic gradient predictor and its prior")
@@ -147,6 +151,11 @@ class Settings(BaseModel):
             raise SferdError(f"attention = {self.attention}; allowed: levels 0 to {len(self.widths) - 1}")
         if any(width % self.heads for width in self.widths):
             raise SferdError(f"heads = {self.heads}; allowed: common divisors of widths = {self.widths}")
+        if self.classifier_free != 1 and (self.sgp or not self.class_conditional):
+            raise SferdError(
+                f"classifier_free = {self.classifier_free} with class_conditional = {self.class_conditional} and sgp = {self.sgp}; "
+                "allowed: a scale other than 1 with labels and without sgp, whose samples have a code in place of a label"
+            )
         if self.sgp and self.batch_size < 2:
             raise SferdError(f"batch_size = {self.batch_size}; allowed: 2 or more with sgp, whose encoder standardises codes over a batch")
 
@@ -165,6 +174,33 @@ _DIGITS: dict[str, Any] = {
     "sgp_distil_steps": 250,
     "z_dim": 8,
     "n_samples": 500,
+}
+
+# For data at the paper's sizes: never run whole by this project. Sources: PD, the configuration files of google-research's
+# diffusion_distillation (Salimans & Ho 2022); CM, those of openai's consistency_models and consistency_models_cifar10 (Song et al. 2023);
+# SFERD, its paper or its code (Zhou et al. 2024). "Ours" is a guess, by scaling the small presets. PD's and CM's dropout, flips of images
+# and rectified Adam are not in this library.
+_PAPER: dict[str, Any] = {
+    "seed": 1,
+    "blocks": 3,  # PD and CM
+    "teacher_ema_decay": 0.9999,  # PD
+    "pd_loss": "x0_snr",  # PD: truncated SNR
+    "cd_solver": "heun",  # CM
+    "cd_loss": "pseudo_huber",  # SFERD
+    "guidance_weight": 0.3,  # SFERD's code: a scale of 1.3
+    "blur_kernel": 15,  # SFERD's code
+    "blur_sigma": 3.0,  # SFERD's code
+    "sgp_steps": 100_000,  # ours, as the three below
+    "sgp_start_steps": 16,
+    "sgp_distil_steps": 100_000,
+    "sgp_sampling_steps": (1, 2),
+    "sgp_lr": 1e-4,  # ours
+    "prior": "diffusion",  # SFERD
+    "prior_steps": 200_000,  # ours
+    "n_samples": 10_000,
+    "sampling_batch": 500,
+    "precision": "bf16",  # ours
+    "checkpoint_every": 5000,
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -202,6 +238,45 @@ PRESETS: dict[str, dict[str, Any]] = {
         "n_samples": 1000,
     },
     "mixture": _DIGITS | {"data": "mixture", "teacher_steps": 3000, "retrain": True},
+    "cifar10": _PAPER
+    | {
+        "data": "cifar10",
+        "widths": (256, 256, 256),  # PD: ch 256, multipliers (1, 1, 1)
+        "attention": (1, 2),  # PD: resolutions 16 and 8
+        "heads": 1,  # PD
+        "batch_size": 128,  # PD; CM: 512
+        "teacher_steps": 800_000,  # ours: PD's configuration gives none
+        "teacher_lr": 2e-4,  # PD
+        "ema_decay": 0.9999,  # CM; PD averages no student
+        "pd_start_steps": 8192,  # PD
+        "pd_stage_steps": (50_000,) * 11 + (100_000,) * 2,  # PD, its paper's section on the last two
+        "pd_lr": 5e-5,  # PD
+        "cd_boundaries": 18,  # CM
+        "cd_steps": 800_000,  # CM
+        "cd_lr": 4e-4,  # CM
+        "z_dim": 256,  # ours
+    },
+    "imagenet64": _PAPER
+    | {
+        "data": "imagenet64",
+        "class_conditional": True,  # PD and CM
+        "widths": (192, 384, 576, 768),  # PD: ch 192, multipliers (1, 2, 3, 4)
+        "attention": (1, 2, 3),  # PD and CM: resolutions 32, 16 and 8
+        "heads": 6,  # ours; PD and CM: as many as there are 64 channels
+        "batch_size": 2048,  # PD and CM
+        "teacher_steps": 550_000,  # ours: PD's configuration gives none
+        "teacher_lr": 3e-4,  # PD
+        "ema_decay": 0.9999432189950708,  # CM; PD averages no student
+        "pd_start_steps": 1024,  # PD
+        "pd_stage_steps": (50_000,) * 8 + (100_000,) * 2,  # PD, its paper's section on the last two
+        "pd_lr": 1e-4,  # PD
+        "cd_boundaries": 40,  # CM
+        "cd_steps": 600_000,  # CM
+        "cd_lr": 8e-6,  # CM, constant
+        "cd_target_decay": 0.95,  # CM and SFERD
+        "sgp_sampling_steps": (1, 2, 4),
+        "z_dim": 512,  # ours; Diff-AE's and PDAE's size
+    },
 }
 
 # What SFERD_LAB_TINY=1 sets: every stage runs, none of them long enough to learn.

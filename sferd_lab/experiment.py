@@ -36,7 +36,7 @@ from sferd_lab import processes
 from sferd_lab.artifacts import Model, load_model, save_model, seeded, shipped_folder
 from sferd_lab.config import Settings, make_settings, parse_literals
 from sferd_lab.data import ImageData, Split, bootstrap, load_images
-from sferd_lab.denoiser import Denoiser, NetworkDenoiser
+from sferd_lab.denoiser import ClassifierFree, Denoiser, NetworkDenoiser
 from sferd_lab.diffusion import add_noise
 from sferd_lab.distill import Batch, ConsistencyTarget, DataTarget, ProgressiveTarget, denoising_target, halving_schedule, on_labels
 from sferd_lab.errors import SferdError
@@ -132,6 +132,8 @@ class Run:
             if settings.teacher_from and value is not None and value is not False:
                 raise SferdError(f"{name} = {value} with teacher_from = '{settings.teacher_from}'; allowed: one of them")
         network = self.foreign_teacher().network if settings.teacher_from else UNet(self.unet)
+        if settings.classifier_free != 1:
+            ClassifierFree(NetworkDenoiser(network), settings.classifier_free)  # refuses a network that has no label for none
         with torch.inference_mode():
             network(torch.zeros(1, *self.shape), network.phi_hi, **self._some_label())  # refuses a size or channels that do not fit
         if any(settings.guided):
@@ -279,8 +281,10 @@ class Run:
         return model
 
     def guide(self, teacher: Denoiser, guided: bool) -> Denoiser:
-        """``teacher`` with the settings' attention guidance, or itself."""
+        """``teacher`` with the settings' classifier-free guidance, which a student has learned, and attention guidance if ``guided``."""
         settings = self.settings
+        if settings.classifier_free != 1 and isinstance(teacher, NetworkDenoiser) and teacher.role == "teacher":
+            teacher = ClassifierFree(teacher, settings.classifier_free)
         if not guided:
             return teacher
         return GuidedDenoiser(

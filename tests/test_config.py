@@ -163,6 +163,14 @@ def test_a_wrong_type_or_value_is_refused_by_name_with_what_is_allowed(name: str
         ({"heads": 3}, "heads = 3; allowed: common divisors of widths = (32, 32)"),
         ({"heads": 4, "widths": (8, 6)}, "heads = 4; allowed: common divisors of widths = (8, 6)"),
         # Batch norm has no standard deviation of one code.
+        *(
+            (
+                {"classifier_free": 2.0, "class_conditional": labels, "sgp": sgp},
+                f"classifier_free = 2.0 with class_conditional = {labels} and sgp = {sgp}; allowed: a scale other than 1 with labels "
+                "and without sgp, whose samples have a code in place of a label",
+            )
+            for labels, sgp in ((False, True), (True, True), (False, False))
+        ),
         ({"batch_size": 1}, "batch_size = 1; allowed: 2 or more with sgp, whose encoder standardises codes over a batch"),
     ],
 )
@@ -182,6 +190,7 @@ def test_settings_that_contradict_each_other_are_refused_in_words(parameters: di
         {"sgp_sampling_steps": (4, 2, 1), "sgp_target": "data"},
         {"attention": (), "widths": (4, 6, 8)},
         {"batch_size": 1, "sgp": False},
+        {"classifier_free": 2.0, "class_conditional": True, "sgp": False},
         {"guidance_weight": -0.7},  # the authors' scale of 0.3
     ],
 )

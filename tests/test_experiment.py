@@ -27,7 +27,7 @@ from sferd_lab import experiment
 from sferd_lab.artifacts import load_model, shipped_folder
 from sferd_lab.config import Settings, make_settings
 from sferd_lab.data import load_images
-from sferd_lab.denoiser import Denoiser
+from sferd_lab.denoiser import ClassifierFree, Denoiser, NetworkDenoiser
 from sferd_lab.distill import Batch, ConsistencyTarget, DataTarget, ProgressiveTarget
 from sferd_lab.errors import SferdError
 from sferd_lab.experiment import Row, Run, as_student, on_codes, read_table, stage_name, stage_seed
@@ -183,6 +183,27 @@ def test_without_labels_nothing_is_told_about_labels(fake: dict[str, Asked], tmp
     labelled.teacher()
     assert torch.equal(fake["teacher"].data.labels, labelled.data.train.labels)
     assert load_model(tmp_path / "labelled" / "weights" / "teacher.safetensors")[0].network.shape.classes == 10
+
+
+def test_classifier_free_guidance_is_the_teacher_s_and_its_students_learn_it(fake: dict[str, Asked], tmp_path: Path) -> None:
+    given = {"class_conditional": True, "sgp": False, "classifier_free": 2.5}
+    run = start(tmp_path, **given)
+    for method, guided in itertools.product(("pd", "cd"), (False, True)):
+        run.students(method, guided)
+    for stage, guided in (("pd-4", False), ("pd-guided-4", True), ("cd", False), ("cd-guided", True)):
+        teacher = fake[stage].target.teacher
+        assert isinstance(teacher, GuidedDenoiser) is guided
+        inner = teacher.teacher if guided else teacher
+        assert isinstance(inner, ClassifierFree)
+        assert inner.scale == 2.5
+        assert not isinstance(fake[stage].model, ClassifierFree)
+    # Later stages imitate a student, which has it in its weights.
+    assert all(type(fake[stage].target.teacher) is NetworkDenoiser for stage in ("pd-2", "pd-1", "pd-guided-2"))
+    row = Row("teacher", sampler="ddim", steps=3)
+    assert run.draw(row, run.guide(run.teacher(), False), range(2)).nfe == {"teacher": 6}
+    fake.clear()
+    plain = start(tmp_path / "plain", **given | {"classifier_free": 1.0})
+    assert plain.draw(row, plain.guide(plain.teacher(), False), range(2)).nfe == {"teacher": 3}
 
 
 def test_plain_and_guided_stages_share_their_seed_and_no_others_do(fake: dict[str, Asked], tmp_path: Path) -> None:
