@@ -165,8 +165,8 @@ def run_sweep(
 ) -> pd.DataFrame:
     """Run what is not done yet and return a line for every run: "run", the grid's values, "state", "attempts", "seconds" and "error".
 
-    The state is "done" or "failed". ``workers`` processes on this machine share its cores; with the address of a Dask ``scheduler`` its
-    workers do the work instead. A run that fails is tried ``retries`` times more, and the others go on; ``time_limit`` in seconds ends an
+    The state is "done" or "failed". ``workers`` processes on this machine share its cores, unless OMP_NUM_THREADS says how many each takes;
+    with the address of a Dask ``scheduler`` its workers do the work instead. The current folder and variables SFERD_LAB_... go along. A run that fails is tried ``retries`` times more, and the others go on; ``time_limit`` in seconds ends an
     attempt that takes longer. Attempts are those of the call that ended the run, seconds those of the last attempt. Raises SferdError,
     before anything runs, for a folder that holds other runs of the same names and for a scheduler that does not answer.
     """
@@ -354,7 +354,6 @@ def _client(workers: int, scheduler: str | None) -> Iterator[Client]:
 def _work_on(client: Client, jobs: Mapping[str, Mapping[str, Any]], retries: int, environment: Mapping[str, str], bar: tqdm) -> None:
     """Have the runs done, and write down which failed and, after each, the tables."""
     from distributed import as_completed
-    from distributed.client import CancelledError
 
     # Not pure: the same run may be another sweep's too, and Dask would take both for one.
     futures = {client.submit(_work, job, retries, environment, pure=False): name for name, job in jobs.items()}
@@ -362,7 +361,7 @@ def _work_on(client: Client, jobs: Mapping[str, Mapping[str, Any]], retries: int
         job = jobs[futures[future]]
         try:
             result = future.result()
-        except (Exception, CancelledError) as error:  # the worker's, whatever it is: the others go on
+        except Exception as error:  # a worker's, or that the scheduler has gone, whatever it is: the others go on
             result = {"attempts": None, "seconds": None, "error": f"{type(error).__name__}: {error}".splitlines()[0]}
         if not _is_done(job):
             error = result["error"] or f"no done.json in {job['folder']}, which the worker says is done: it must see the same folder"

@@ -30,7 +30,7 @@ from sferd_lab.errors import SferdError
 from sferd_lab.files import read_json, write_json
 from sferd_lab.sweep import Sweep, main, read_sweep, run_name, run_sweep
 
-PATIENCE = 300  # seconds: a loaded machine takes a minute to start a few processes
+PATIENCE = 600  # seconds: a loaded machine takes minutes to start a few processes
 # Every way in which text could break out of a literal.
 SPELL = """'"; raise SystemExit  # \\" \\' \\\\ \n {run_folder} %s é"""
 PARAMETERS = 'text: str = "none"\nspell: str = ""\nnumbers: list = None\nrun_folder: str = None'
