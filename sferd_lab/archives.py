@@ -1,4 +1,4 @@
-"""Data sets of one's own, and the paper's: a folder of images, and CIFAR-10's binary archive. No pickle, nothing unpacked to disk.
+"""Data sets of one's own, and the paper's: a folder of images, CIFAR-10's binary archive, ImageNet 64x64's npz files. No pickle is read.
 
 ``data.load_images`` is the way in; here is how the files are read.
 """
@@ -6,16 +6,26 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import shutil
 import tarfile
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from tqdm import tqdm
 
+from sferd_lab.config import NOT_A_LITERAL
+from sferd_lab.data import resize
 from sferd_lab.errors import SferdError
-from sferd_lab.files import sha256
+from sferd_lab.files import load_tensors, read_json, replacing, save_tensors, sha256, write_json
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 # 64 megapixels: a camera's photograph passes, a file made to fill the memory does not.
@@ -28,6 +38,17 @@ CIFAR_RECORD, CIFAR_IMAGES = 3073, 10_000
 CIFAR_REMEDY = (
     "To get CIFAR-10: put cifar-10-binary.tar.gz, the binary version of www.cs.toronto.edu/~kriz/cifar.html, into data/cifar10/. "
     "The Python version holds pickles and is not read"
+)
+
+IMAGENET_FILES = {"train": [f"train_data_batch_{number}.npz" for number in range(1, 11)], "val": ["val_data.npz"]}
+IMAGENET_IMAGES = {"train": 1_281_167, "val": 50_000}
+IMAGENET_SIDE, IMAGENET_CLASSES = 64, 1000
+# Images taken from an archive at a time: 3 MB as bytes, 13 MB as the floats that are averaged.
+IMAGENET_CHUNK = 256
+INTEGERS = ("int64", "int32", "int16", "uint64", "uint32", "uint16")
+IMAGENET_REMEDY = (
+    "To get ImageNet 64x64: log in at image-net.org, accept its terms, take the npz version of the downsampled images (64x64), and put "
+    "train_data_batch_1.npz to train_data_batch_10.npz and val_data.npz into data/imagenet64/. The version of pickles is not read"
 )
 
 
@@ -131,3 +152,137 @@ def _cifar_file(tar: tarfile.TarFile, name: str, archive: Path, images: int) -> 
     if int(records[:, 0].max()) > 9:
         raise SferdError(f"{name} in {archive} has a label {int(records[:, 0].max())}; expected 0 to 9. {CIFAR_REMEDY}")
     return records
+
+
+def read_imagenet(folder: Path, size: int) -> dict[str, tuple[Path, Tensor]]:
+    """ImageNet 64x64 (Chrabaszcz et al. 2017): "train" and "val", each a .npy file of uint8 (N, 3, size, size) and labels (N,), 0 to 999.
+
+    The first call for a ``size``, a divisor of 64, makes the files in ``folder/cache-<size>`` from the eleven npz files in ``folder``, in
+    archive order: 16.4 GB at 64, 4.1 GB at 32, 1.0 GB at 16, and minutes. Averages are rounded to whole grey levels, ties to the even
+    one, which keeps the mean. No more than 64 MiB is held on the way. ``made.json`` is written last and marks the cache as whole: an
+    interrupted call starts again. It names size and time of change of each archive; a change of either makes the cache anew. Not a
+    SHA-256, since the question is asked whenever a run starts, and 12 GB take a minute to hash; damage within an archive is
+    found by the zip format's own CRC. Archives may be deleted once the cache is there. Raises SferdError, naming file and remedy, for
+    archives that are missing, damaged, pickled or of another format, for another number of images, and for too little disk.
+    """
+    cache = folder / f"cache-{size}"
+    labels = _imagenet_cache(folder, cache)
+    if labels is None:
+        labels = _make_imagenet_cache(folder, cache, size)
+    return {part: (cache / f"{part}.npy", labels[part]) for part in IMAGENET_FILES}
+
+
+def _imagenet_cache(folder: Path, cache: Path) -> dict[str, Tensor] | None:
+    """The labels in a cache that is whole and made from the archives as they are; None where it has to be made."""
+    try:
+        made = read_json(cache / "made.json")
+        shapes = {part: list(np.lib.format.open_memmap(cache / f"{part}.npy", mode="r").shape) for part in IMAGENET_FILES}
+        labels, _ = load_tensors(cache / "labels.safetensors")
+        # Archives that are no longer there are taken as unchanged.
+        current = made["archives"] == {**made["archives"], **_states(folder)} and made["shapes"] == shapes
+    except (OSError, ValueError, LookupError, TypeError):  # SferdError among them
+        return None
+    return labels if current else None
+
+
+def _states(folder: Path) -> dict[str, list[int]]:
+    """Bytes and time of change, in nanoseconds, of the archives that are there."""
+    paths = [folder / name for names in IMAGENET_FILES.values() for name in names]
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in paths if path.is_file()}
+
+
+def _make_imagenet_cache(folder: Path, cache: Path, size: int) -> dict[str, Tensor]:
+    # Before the images are read, so that a change in the meantime is noticed the next time.
+    states = _states(folder)
+    # All labels and the beginning of every file first: what is wrong is said before minutes of work.
+    labels = {part: torch.cat([_imagenet_labels(folder / name) for name in names]) for part, names in IMAGENET_FILES.items()}
+    for part, found in labels.items():
+        if len(found) != IMAGENET_IMAGES[part]:
+            raise SferdError(f"{folder}: {len(found)} images for {part}; expected {IMAGENET_IMAGES[part]}. {IMAGENET_REMEDY}")
+    shapes = {part: (len(found), 3, size, size) for part, found in labels.items()}
+    needed, free = sum(map(math.prod, shapes.values())), shutil.disk_usage(folder).free
+    if free < needed:
+        raise SferdError(f"{cache} takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB of its disk are free; allowed: as much or more")
+    (cache / "made.json").unlink(missing_ok=True)  # what is replaced from here on is no longer what it says
+    with tqdm(total=sum(map(len, labels.values())), desc=f"ImageNet to {size}x{size}", unit="images", leave=False) as bar:
+        for part, names in IMAGENET_FILES.items():
+            with replacing(cache / f"{part}.npy") as temporary, temporary.open("wb") as file:
+                header = {"descr": "|u1", "fortran_order": False, "shape": shapes[part]}
+                np.lib.format.write_array_header_1_0(file, header)
+                for path in (folder / name for name in names):
+                    for images in _imagenet_images(path, None):
+                        pixels = resize(images.float(), size).round().to(torch.uint8) if size < IMAGENET_SIDE else images
+                        file.write(pixels.numpy())
+                        bar.update(len(images))
+    save_tensors(cache / "labels.safetensors", labels, {"kind": "ImageNet labels"})
+    write_json(cache / "made.json", {"archives": states, "shapes": shapes})
+    return labels
+
+
+def _imagenet_labels(path: Path) -> Tensor:
+    """An archive's labels, 0 to 999, once its images are seen to be as many and of the right format."""
+    labels = np.concatenate(list(_npz_rows(path, "labels", (None,), INTEGERS)))
+    low, high = int(labels.min()), int(labels.max())
+    if low < 1 or high > IMAGENET_CLASSES:
+        raise SferdError(f"labels in {path} run from {low} to {high}; expected 1 to {IMAGENET_CLASSES}. {IMAGENET_REMEDY}")
+    next(_imagenet_images(path, len(labels)))
+    return torch.from_numpy(labels.astype(np.int64)) - 1
+
+
+def _imagenet_images(path: Path, count: int | None) -> Iterator[Tensor]:
+    """An archive's images as uint8 (n, 3, 64, 64), n of at most ``IMAGENET_CHUNK``; ``count`` in all, unless None."""
+    for rows in _npz_rows(path, "data", (count, 3 * IMAGENET_SIDE**2), ("uint8",)):
+        yield torch.from_numpy(rows).reshape(-1, 3, IMAGENET_SIDE, IMAGENET_SIDE)
+
+
+def _npz_rows(path: Path, name: str, shape: tuple[int | None, ...], dtypes: tuple[str, ...]) -> Iterator[np.ndarray]:
+    """The array ``name`` of an npz file, ``IMAGENET_CHUNK`` rows at a time: never more of it in memory, and no pickle.
+
+    Raises SferdError unless it has ``shape`` (None: any length up to that of the training set), one of ``dtypes``, this machine's
+    byte order, C order, and as many bytes as its header announces; and for a damaged file.
+    """
+
+    def bad(found: str, expected: str) -> SferdError:
+        return SferdError(f"{name} in {path} {found}; expected {expected}. {IMAGENET_REMEDY}")
+
+    if not path.is_file():
+        raise SferdError(f"{path} is missing. {IMAGENET_REMEDY}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if f"{name}.npy" not in (members := archive.namelist()):
+                raise SferdError(f"{path} holds {', '.join(sorted(members)[:5])}; expected data.npy and labels.npy. {IMAGENET_REMEDY}")
+            with archive.open(f"{name}.npy") as stream:
+                found, column_order, dtype = _npy_header(stream, bad)
+                length = math.prod(found) * dtype.itemsize
+                if dtype.hasobject:
+                    raise bad("holds Python objects, which are pickles", "numbers: a pickle is never read")
+                if dtype.name not in dtypes:
+                    raise bad(f"is {dtype.name}", " or ".join(dtypes))
+                if not dtype.isnative:
+                    raise bad(f"is {dtype.str}, of the other byte order", f"{dtype.newbyteorder('=').str}, this machine's")
+                if len(found) != len(shape) or any(want not in (None, got) for want, got in zip(shape, found, strict=True)):
+                    raise bad(f"has shape {found}", f"({', '.join('N' if want is None else str(want) for want in shape)},)")
+                if not 1 <= found[0] <= IMAGENET_IMAGES["train"]:
+                    raise bad(f"has {found[0]} rows", f"1 to {IMAGENET_IMAGES['train']}")
+                if column_order:
+                    raise bad("is stored column by column (Fortran order)", "row by row (C order)")
+                if (held := archive.getinfo(f"{name}.npy").file_size - stream.tell()) != length:
+                    raise bad(f"has {held} bytes behind its header", f"{length}, as the header says")
+                for first in range(0, found[0], IMAGENET_CHUNK):
+                    rows = min(IMAGENET_CHUNK, found[0] - first)
+                    values = bytearray(stream.read(size := rows * length // found[0]))
+                    if len(values) < size:
+                        raise EOFError(f"{name} ends after {first} rows")
+                    yield np.frombuffer(values, dtype).reshape(rows, *found[1:])
+    # What zipfile raises for a file that is no zip archive, cut short, altered, encrypted or packed in a way it does not know.
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError) as error:
+        raise SferdError(f"{path} is no whole npz archive ({error}). {IMAGENET_REMEDY}") from None
+
+
+def _npy_header(stream: IO[bytes], bad: Callable[[str, str], SferdError]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether in Fortran order, and dtype, from the beginning of a .npy file. No object is made but literals."""
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    try:
+        return readers[np.lib.format.read_magic(stream)](stream)
+    except (KeyError, tokenize.TokenError, *NOT_A_LITERAL) as error:
+        raise bad(f"is no .npy file ({error})", "one of version 1.0 or 2.0") from None

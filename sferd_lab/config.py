@@ -35,7 +35,7 @@ class Settings(BaseModel):
     seed: int = Field(ge=0, lt=2**31, description="seed of all training and sampling")
     run_folder: str | None = Field(None, description="where the run is kept; None: runs/<preset>-seed<seed>")
 
-    data: Literal["digits", "fashion-mnist", "patches", "mixture", "cifar10", "folder"] = Field(description="data set")
+    data: Literal["digits", "fashion-mnist", "patches", "mixture", "cifar10", "imagenet64", "folder"] = Field(description="data set")
     data_folder: str | None = Field(None, description="with data = folder: images, or one folder of images a class")
     image_size: Count | None = Field(None, description="resize images to this height and width; None: native")
     bootstrap: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(

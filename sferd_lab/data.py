@@ -2,7 +2,7 @@
 
 Every data set comes in three disjoint parts, so that no number is measured on what it was fitted to: ``features`` trains the
 classifier whose features the metrics use, ``train`` trains teachers and students, ``reference`` is what samples are compared with.
-Images are float32 (N, C, H, W) in [-1, 1].
+Images are float32 (N, C, H, W) in [-1, 1], in memory or, where they are too many for it, on disk (``StoredImages``).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import io
 import math
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from http.client import HTTPException
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.request import urlopen
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,6 +36,7 @@ SIZES = {
     "patches": (32, 16, 8, 4),
     "mixture": (8, 4, 16),
     "cifar10": (32, 16, 8),
+    "imagenet64": (64, 32, 16),
 }
 
 # SHA-256 of the decompressed files: the same images packed again by a distributor still pass.
@@ -54,11 +56,55 @@ REMEDY = (
 MAX_BYTES = 1 << 26
 
 
+class StoredImages:
+    """Images (N, C, H, W) that stay on disk as bytes; what is asked for is read, and given as float32 in [-1, 1], byte / 127.5 - 1.
+
+    It stands where a tensor of images does, as far as it goes: an int, a slice, a tensor of rows or a mask over the images as an index;
+    ``split``, ``len``, ``shape``, ``dtype``, ``ndim``, ``device``. ``path`` is a .npy file of uint8 (M, C, H, W), which is mapped into
+    memory; ``rows`` (N,) int64 are those of its images that are meant, all by default. Raises SferdError for another file, for rows that
+    it does not have, and for an index of another kind.
+    """
+
+    dtype, ndim, device = torch.float32, 4, torch.device("cpu")
+
+    def __init__(self, path: Path | str, rows: Tensor | None = None) -> None:
+        try:
+            self._pixels = np.lib.format.open_memmap(path, mode="r")
+        except (OSError, ValueError) as error:
+            raise SferdError(f"{path} cannot be mapped ({error}); allowed: a whole .npy file of images") from None
+        if self._pixels.dtype != np.uint8 or self._pixels.ndim != 4:
+            raise SferdError(f"{path} holds {self._pixels.dtype} {self._pixels.shape}; allowed: uint8 (N, C, H, W)")
+        self.path, self.rows = path, torch.arange(len(self._pixels)) if rows is None else rows
+        if len(self.rows) and not 0 <= self.rows.min() <= self.rows.max() < len(self._pixels):
+            raise SferdError(f"rows {int(self.rows.min())} to {int(self.rows.max())} of {path}; allowed: 0 to {len(self._pixels) - 1}")
+
+    @property
+    def shape(self) -> torch.Size:
+        """(N, C, H, W)."""
+        return torch.Size((len(self.rows), *self._pixels.shape[1:]))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int | slice | Tensor) -> Tensor:
+        if not isinstance(index, int | slice | Tensor):
+            raise SferdError(f"images on disk at {index!r}; allowed: an int, a slice, a tensor of rows or a mask")
+        return torch.from_numpy(self._pixels[self.rows[index].numpy()]).float() / 127.5 - 1
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """The images in order, ``size`` at a time; the last part may be smaller."""
+        return (self[first : first + size] for first in range(0, len(self), size))
+
+    def select(self, index: slice | Tensor) -> StoredImages:
+        """The images at ``index``, on disk as well: nothing is read."""
+        return StoredImages(self.path, self.rows[index])
+
+
 @dataclass(frozen=True, eq=False)
 class Split:
     """One part of a data set: images (N, C, H, W) float32 in [-1, 1] and labels (N,) int64, or None."""
 
-    images: Tensor
+    images: Tensor | StoredImages
     labels: Tensor | None
 
 
@@ -92,19 +138,28 @@ class ImageData:
 
 
 def bootstrap(split: Split, seed: int) -> Split:
-    """As many images (and their labels) drawn from ``split`` with replacement: the training set that another sample would have given."""
+    """As many images (and their labels) drawn from ``split`` with replacement: the training set that another sample would have given.
+
+    Of images on disk only the choice is drawn: they stay there.
+    """
     index = torch.randint(len(split.images), (len(split.images),), generator=torch.Generator().manual_seed(seed))
-    return Split(split.images[index], None if split.labels is None else split.labels[index])
+    images = split.images.select(index) if isinstance(split.images, StoredImages) else split.images[index]
+    return Split(images, None if split.labels is None else split.labels[index])
 
 
-def check_images(images: Tensor, what: str) -> None:
-    """Raise SferdError, naming ``what``, unless ``images`` is a float32 tensor (N, C, H, W), not empty, finite, within [-1, 1]."""
-    if not isinstance(images, Tensor):
+def check_images(images: Tensor | StoredImages, what: str) -> None:
+    """Raise SferdError, naming ``what``, unless ``images`` is a float32 tensor (N, C, H, W), not empty, finite, within [-1, 1].
+
+    Images on disk are not read: a byte cannot leave the range.
+    """
+    if not isinstance(images, Tensor | StoredImages):
         raise SferdError(f"{what}: images are a {type(images).__name__}; expected a torch.Tensor")
     if images.ndim != 4 or 0 in images.shape:
         raise SferdError(f"{what}: images have shape {tuple(images.shape)}; expected (N, C, H, W), none of them 0")
     if images.dtype != torch.float32:
         raise SferdError(f"{what}: images are {images.dtype}; expected torch.float32 in [-1, 1]")
+    if isinstance(images, StoredImages):
+        return
     low, high = (value.item() for value in images.aminmax())
     # Written so that NaN, which aminmax passes on, is refused too.
     if not (low >= -1 and high <= 1):
@@ -159,6 +214,11 @@ def load_images(name: str, size: int | None = None, folder: Path | str | None = 
       about one pixel in ten million is touched, far below what any metric here can see.
     - "cifar10", 32x32 colour, 10 classes (Krizhevsky 2009): train is the first 40,000 training images, features the last 10,000, reference
       the 10,000 test images. Read from ``data/cifar10/cifar-10-binary.tar.gz``, which is not downloaded by itself.
+    - "imagenet64", 64x64 colour, 1,000 classes (Chrabaszcz et al. 2017): every 13th of the 1,281,167 training images is in features
+      (98,552, about a hundred of each class), the others are train, and reference is the 50,000 validation images. Not the last 100,000,
+      since an order by class would then leave features with few classes. All three are ``StoredImages``: they stay on disk. Read from
+      the eleven npz files in ``data/imagenet64/``, which are not downloaded by themselves, and are turned once for each size into files
+      of 16.4 GB (4.1 GB at 32, 1.0 GB at 16) beside them, where averages are rounded to whole grey levels (``archives.read_imagenet``).
 
     A size other than the native one is an area average (``resize``), save for the mixture, and is added to the name: "fashion-mnist-16".
     Raises SferdError for an unknown name or size, and for files that are missing, altered or cannot be had.
@@ -181,7 +241,6 @@ _Parts = tuple[Split, Split, Split, int]
 
 def _digits(size: int) -> _Parts:
     # scikit-learn takes a second to import, which other data sets should not pay for.
-    import numpy as np
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -237,6 +296,19 @@ def _cifar10(size: int) -> _Parts:
         Split(_to_images(test, 255, size), test_labels),
         10,
     )
+
+
+def _imagenet64(size: int) -> _Parts:
+    from sferd_lab.archives import IMAGENET_CLASSES, read_imagenet
+
+    parts = read_imagenet(project_folder() / "data" / "imagenet64", size)
+    (train, train_labels), (validation, reference_labels) = parts["train"], parts["val"]
+    held_out = torch.arange(len(train_labels)) % 13 == 0
+
+    def part(chosen: Tensor) -> Split:
+        return Split(StoredImages(train, chosen.nonzero()[:, 0]), train_labels[chosen])
+
+    return part(held_out), part(~held_out), Split(StoredImages(validation), reference_labels), IMAGENET_CLASSES
 
 
 def _own_folder(folder: Path, size: int | None) -> ImageData:
@@ -444,4 +516,4 @@ def _mixture(size: int) -> _Parts:
 
 
 _LOADERS: dict[str, Callable[[int], _Parts]] = {"digits": _digits, "fashion-mnist": _fashion, "patches": _patches, "mixture": _mixture,
-            "cifar10": _cifar10}  # fmt: skip
+            "cifar10": _cifar10, "imagenet64": _imagenet64}  # fmt: skip

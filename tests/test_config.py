@@ -123,7 +123,7 @@ def test_an_unknown_parameter_is_refused_with_the_known_ones() -> None:
         ("widths", (8,) * 17, "at most 16 items"),
         ("attention", (-1,), "greater than or equal to 0"),
         ("sampling_steps", (1, 0), "greater than or equal to 1"),
-        ("data", "cifar", "'digits', 'fashion-mnist', 'patches', 'mixture', 'cifar10' or 'folder'"),
+        ("data", "cifar", "'digits', 'fashion-mnist', 'patches', 'mixture', 'cifar10', 'imagenet64' or 'folder'"),
         ("methods", ("pd", "ddim"), "'pd' or 'cd'"),
         ("cd_loss", "l1", "'l2', 'pseudo_huber' or 'v'"),
         ("sgp_target", "none", "'walk', 'data' or 'conditional'"),

@@ -143,7 +143,9 @@ def test_a_smaller_size_is_the_area_average_of_the_native_images(name, size):
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(SferdError, match="'cifar' is unknown; allowed: digits, fashion-mnist, patches, mixture, cifar10, folder"):
+    with pytest.raises(
+        SferdError, match="'cifar' is unknown; allowed: digits, fashion-mnist, patches, mixture, cifar10, imagenet64, folder"
+    ):
         load_images("cifar")
 
 
