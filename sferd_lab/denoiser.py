@@ -231,6 +231,8 @@ class FiniteSetDenoiser(Denoiser):
 
     def __init__(self, images: Tensor, chunk_elements: int = 2**24, role: str = "exact") -> None:
         super().__init__(role)
+        if not isinstance(images, Tensor):
+            raise SferdError(f"images are {type(images).__name__}; allowed: a tensor in memory, since every image counts at every step")
         if images.ndim < 2 or len(images) == 0:
             raise SferdError(f"images have shape {tuple(images.shape)}; allowed: (N, ...) with N of 1 or more")
         self.chunk_elements = chunk_elements

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sferd_lab.data import StoredImages
 from sferd_lab.errors import SferdError
 from sferd_lab.files import load_tensors, save_tensors, sha256
 
@@ -59,13 +60,19 @@ class FeatureNetwork(nn.Module):
         return self.head(self.features(images))
 
 
-def _check_images(name: str, images: Tensor, real: bool) -> Tensor:
-    """``images`` clamped to [-1, 1]; SferdError unless (N >= 2, C, H, W), floating, finite and, for real ones, inside [-1, 1]."""
-    if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim != 4 or min(images.shape[2:]) < 8:
-        got = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+def _check_images(name: str, images: Tensor | StoredImages, real: bool) -> Tensor | StoredImages:
+    """``images`` clamped to [-1, 1]; SferdError unless (N >= 2, C, H, W), floating, finite and, for real ones, inside [-1, 1].
+
+    Images on disk come back as they are: bytes can be neither infinite nor out of range.
+    """
+    known = isinstance(images, Tensor | StoredImages)
+    if not known or not images.dtype.is_floating_point or images.ndim != 4 or min(images.shape[2:]) < 8:
+        got = f"{images.dtype} {tuple(images.shape)}" if known else type(images).__name__
         raise SferdError(f"{name} images: {got}; allowed: a floating-point tensor (N, C, H, W) with H, W >= 8")
     if len(images) < 2:
         raise SferdError(f"{name} images: {len(images)} of them; allowed: 2 or more")
+    if isinstance(images, StoredImages):
+        return images
     if not bool(images.isfinite().all()):
         raise SferdError(f"{name} images: {int((~images.isfinite()).sum())} values are not finite")
     # Real images out of range mean a wrong scale (0 to 255?), which clamping would hide.
@@ -85,7 +92,15 @@ def _check_features(**arrays: np.ndarray) -> None:
 
 
 def train_feature_network(
-    images: Tensor, labels: Tensor, classes: int, *, dim: int = 64, seed: int = 0, steps: int = 400, batch_size: int = 64, lr: float = 2e-3
+    images: Tensor | StoredImages,
+    labels: Tensor,
+    classes: int,
+    *,
+    dim: int = 64,
+    seed: int = 0,
+    steps: int = 400,
+    batch_size: int = 64,
+    lr: float = 2e-3,
 ) -> FeatureNetwork:
     """A ``FeatureNetwork`` trained to name the ``labels`` (N,) in 0 .. classes - 1 of ``images`` (N, C, H, W) in [-1, 1].
 
@@ -108,13 +123,15 @@ def train_feature_network(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps)
     height, width = images.shape[2:]
     reach = max(1, min(height, width) // 8)
-    padded = F.pad(images, [reach] * 4, mode="replicate")
+    each = torch.arange(batch_size)
     for _ in range(steps):
         pick = torch.randint(len(images), (batch_size,), generator=generator)
         rows, columns = torch.randint(2 * reach + 1, (2, batch_size, 1), generator=generator)
         rows, columns = rows + torch.arange(height), columns + torch.arange(width)
+        # The batch alone is padded: all images at once may not fit the memory.
+        padded = F.pad(images[pick], [reach] * 4, mode="replicate")
         # The slice between the index tensors puts the channels last.
-        batch = padded[pick[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        batch = padded[each[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
         optimiser.zero_grad()
         F.cross_entropy(network(batch), labels[pick].to(images.device), label_smoothing=0.1).backward()
         optimiser.step()
@@ -123,7 +140,7 @@ def train_feature_network(
 
 
 @torch.inference_mode()
-def accuracy(network: FeatureNetwork, images: Tensor, labels: Tensor) -> float:
+def accuracy(network: FeatureNetwork, images: Tensor | StoredImages, labels: Tensor) -> float:
     """Share of ``images`` (N, C, H, W) that the network gives their ``labels`` (N,)."""
     return float(torch.cat([network(part).argmax(1) for part in images.split(1000)]).eq(labels).float().mean())
 
@@ -160,7 +177,7 @@ def load_feature_network(path: Path | str) -> tuple[FeatureNetwork, str]:
 
 
 @torch.no_grad()
-def extract(network: FeatureNetwork, images: Tensor, batch_size: int = 1000) -> np.ndarray:
+def extract(network: FeatureNetwork, images: Tensor | StoredImages, batch_size: int = 1000) -> np.ndarray:
     """Features (N, dim), float64, of ``images`` (N, C, H, W), which are clamped to [-1, 1] first: a viewer would clamp them too.
 
     Raises SferdError for images that are not floating-point, finite, at least two, or of the network's channels.
@@ -352,8 +369,8 @@ class Scorer:
         network: FeatureNetwork,
         sha256: str,
         name: str,
-        reference: Tensor,
-        train: Tensor,
+        reference: Tensor | StoredImages,
+        train: Tensor | StoredImages,
         k: int = 5,
         floor_splits: int = 20,
         seed: int = 0,
@@ -441,7 +458,7 @@ class Scorer:
         return [Score(metric, *values[metric], len(fake), *floors[metric], self.name, self.sha256) for metric in self.metrics]
 
 
-def known_bad(train: Tensor, labels: Tensor, n: int, seed: int = 0) -> dict[str, tuple[Tensor, str]]:
+def known_bad(train: Tensor | StoredImages, labels: Tensor, n: int, seed: int = 0) -> dict[str, tuple[Tensor, str]]:
     """Sets of ``n`` bad images made from real ones, and the metric that must catch each: a check of the metrics themselves.
 
     ``train`` (T, C, H, W) in [-1, 1] and ``labels`` (T,). "blurred real": Gaussian blur, sigma side/12 pixels, seen by fd. "one class":
@@ -464,7 +481,7 @@ def known_bad(train: Tensor, labels: Tensor, n: int, seed: int = 0) -> dict[str,
     }
 
 
-def inception_fid(fake: Tensor, real: Tensor) -> float:
+def inception_fid(fake: Tensor, real: Tensor | StoredImages) -> float:
     """FID proper (Heusel et al. 2017), by torch-fidelity's Inception network, of images (N, 1 or 3, H, W) in [-1, 1].
 
     Clamped, rounded to 8 bits; grey is repeated to three channels. torch-fidelity fetches and reads its own weights.
@@ -480,9 +497,11 @@ def inception_fid(fake: Tensor, real: Tensor) -> float:
     except (ImportError, RuntimeError) as error:
         raise SferdError(f"FID needs torch-fidelity, which cannot be imported ({error}): {hint}") from None
 
-    def eight_bit(images: Tensor) -> torch.utils.data.Subset:
+    def eight_bit(images: Tensor | StoredImages) -> torch.utils.data.Subset:
+        # As bytes a part at a time: as floats all images may not fit the memory.
+        parts = [((part.cpu() + 1) * 127.5).round().to(torch.uint8) for part in images.split(1000)]
         # Subset is only the Dataset that torch-fidelity insists on, around a bare tensor.
-        return torch.utils.data.Subset(((images.cpu() + 1) * 127.5).round().to(torch.uint8).expand(-1, 3, -1, -1), range(len(images)))
+        return torch.utils.data.Subset(torch.cat(parts).expand(-1, 3, -1, -1), range(len(images)))
 
     try:
         result = calculate_metrics(input1=eight_bit(pair[0]), input2=eight_bit(pair[1]), fid=True, cuda=fake.is_cuda, verbose=False)

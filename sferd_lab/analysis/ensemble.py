@@ -102,7 +102,11 @@ class EnsembleDenoiser(Denoiser):
 
 
 def stacked_data(splits: Sequence[Split]) -> Split:
-    """The training sets of an ensemble's members as the one set that ``train`` takes. Raises SferdError unless they are of equal size."""
+    """The training sets of an ensemble's members as the one set that ``train`` takes. Raises SferdError unless they are of equal size
+    and in memory.
+    """
+    if stored := [type(split.images).__name__ for split in splits if not isinstance(split.images, Tensor)]:
+        raise SferdError(f"the members' training sets are {stored[0]}; allowed: tensors in memory, since they are put together")
     if len(sizes := {len(split.images) for split in splits}) != 1:
         raise SferdError(f"the members' training sets have {sorted(sizes)} images; allowed: one or more sets of equal size")
     return Split(torch.cat([split.images for split in splits]), None)
