@@ -35,7 +35,7 @@ from tqdm import tqdm
 from sferd_lab import processes
 from sferd_lab.artifacts import Model, load_model, save_model, seeded, shipped_folder
 from sferd_lab.config import Settings, make_settings, parse_literals
-from sferd_lab.data import ImageData, Split, bootstrap, load_images
+from sferd_lab.data import ImageData, Split, StoredImages, bootstrap, load_images
 from sferd_lab.denoiser import ClassifierFree, Denoiser, NetworkDenoiser
 from sferd_lab.diffusion import add_noise
 from sferd_lab.distill import Batch, ConsistencyTarget, DataTarget, ProgressiveTarget, denoising_target, halving_schedule, on_labels
@@ -389,7 +389,7 @@ class Run:
     def _z_options(self, semantic: SemanticDenoiser | None) -> dict[str, Any]:
         return {} if semantic is None else {"z_dim": self.settings.z_dim, "z_noise": self.settings.z_noise}
 
-    def codes(self, model: SemanticDenoiser, images: Tensor) -> Tensor:
+    def codes(self, model: SemanticDenoiser, images: Tensor | StoredImages) -> Tensor:
         """The encoder's codes (N, z_dim) of ``images``."""
         with torch.inference_mode():
             return torch.cat([model.encoder(part.to(self.device)) for part in images.split(1000)]).cpu()
@@ -545,16 +545,20 @@ class Run:
         if known is not None:
             return known
         images = self.data.reference.images
-        noise = SampleNoise(self.settings.seed, len(images), purpose=2)
-        x = add_noise(images, noise.draw(self.shape), model.phi_hi)
         own = self.codes(model, images)
         shuffled = own.roll(1, dims=0)
         drawn = prior.from_noise(SampleNoise(self.settings.seed, len(images), purpose=1).draw((prior.noise_dim,))).detach()
-        values = {}
-        for name, z in {"encoder": own, "shuffled": shuffled, "mean": own.mean(0, keepdim=True).expand_as(own), "prior": drawn}.items():
-            with torch.inference_mode():
-                predicted = model(x.to(self.device), model.phi_hi, z=z.to(self.device)).x0.cpu()
-            values[f"reconstruction_mse_{name}"] = float((predicted - images).square().mean())
+        codes = {"encoder": own, "shuffled": shuffled, "mean": own.mean(0, keepdim=True).expand_as(own), "prior": drawn}
+        total, first = dict.fromkeys(codes, 0.0), 0
+        for part in images.split(1000):
+            noise = SampleNoise(self.settings.seed, len(part), first, purpose=2)
+            x = add_noise(part, noise.draw(self.shape), model.phi_hi).to(self.device)
+            for name, z in codes.items():
+                with torch.inference_mode():
+                    predicted = model(x, model.phi_hi, z=z[first : first + len(part)].to(self.device)).x0.cpu()
+                total[name] += float((predicted - part).square().mean(dim=(1, 2, 3)).sum())
+            first += len(part)
+        values = {f"reconstruction_mse_{name}": error / len(images) for name, error in total.items()}
         processes.once(lambda: self._append_rows(row, values))
         return self._known(row)
 
