@@ -246,7 +246,9 @@ def load_diffusers(source: str | Path) -> NetworkDenoiser:
     try:
         from diffusers import DDIMScheduler, UNet2DModel
     except ImportError:
-        raise SferdError(f"the teacher in {source} needs the package diffusers, which is not installed; pip install diffusers") from None
+        raise SferdError(
+            f'the teacher in {source} needs the package diffusers, which is not installed; pip install "sferd-lab[diffusers]"'
+        ) from None
     folder = Path(source)
     for part in ("unet/config.json", "scheduler/scheduler_config.json") if folder.is_dir() else ():
         if not (folder / part).is_file():

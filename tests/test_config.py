@@ -25,7 +25,7 @@ def _full_size(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_preset_makes_valid_settings_of_data_that_exist() -> None:
-    assert presets() == ("digits", "fashion16", "patches", "mixture")
+    assert presets() == ("digits", "fashion16", "patches", "mixture", "cifar10", "imagenet64")
     for name in presets():
         settings = make_settings(name)
         assert settings.preset == name

@@ -252,7 +252,7 @@ def experiment(device: torch.device) -> Tensor:
             assert run.device.type == device.type
             model = run.semantic_teacher(run.teacher())
             prior = run.prior("teacher-sgp", model)
-            drawn.append(run.draw(Row("teacher", sampler="ddim", steps=1), model, 4, prior).images)
+            drawn.append(run.draw(Row("teacher", sampler="ddim", steps=1), model, range(4), prior).images)
     torch.testing.assert_close(*drawn)
     return drawn[0]
 
