@@ -10,13 +10,17 @@ BIN := .venv/bin
 # name=value pairs on the command line are the notebook's parameters: make experiment seed=2 retrain=true
 parameters = $(foreach pair,$(filter-out PYTHON=% run_folder=% file=%,$(MAKEOVERRIDES)),-p $(word 1,$(subst =, ,$(pair))) '$(word 2,$(subst =, ,$(pair)))')
 
-.PHONY: experiment test test-notebooks test-browser chromium lint docs mutants benchmark shipped results clean
+.PHONY: experiment plan test test-notebooks test-browser chromium lint docs mutants benchmark shipped results clean
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; try: make PYTHON=python3.11 ..."; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,docs]"
 	touch .venv/ready
+
+# What that would cost, on this machine or another: make plan preset=fashion16 device=A100 batch_size=256
+plan: .venv/ready
+	$(BIN)/python -m sferd_lab.plan preset=$(preset) $(foreach pair,$(filter-out PYTHON=% preset=% file=%,$(MAKEOVERRIDES)),'$(pair)')
 
 # Train, distil, sample and score, by running the notebook; then a page of it without code, and the table.
 experiment: .venv/ready
