@@ -45,7 +45,7 @@ from sferd_lab.guidance import GuidedDenoiser, default_layer, gaussian_blur
 from sferd_lab.metrics import METRICS, Scorer, known_bad, load_feature_network, save_feature_network, train_feature_network
 from sferd_lab.sample import Prior, SampleNoise, Samples, sample
 from sferd_lab.semantic import DiffusionPrior, LatentDenoiser, MixturePrior, SemanticDenoiser
-from sferd_lab.train import MakeTarget, TrainSettings, step_flops, train
+from sferd_lab.train import MakeTarget, TrainSettings, set_precision, step_flops, train
 from sferd_lab.unet import UNet, UNetSettings, check_layers
 
 # Images of each scored set that are kept for figures.
@@ -115,6 +115,7 @@ class Run:
         self.data: ImageData = load_images(settings.data, settings.image_size, settings.data_folder)
         self.shape = self.data.shape
         processes.connect(cpu=settings.device == "cpu")
+        set_precision(settings.precision)
         self.device = torch.device("cpu")
         if settings.device == "auto" and torch.accelerator.is_available():
             self.device = torch.device(torch.accelerator.current_accelerator().type, torch.accelerator.current_device_index())
@@ -409,6 +410,7 @@ class Run:
             latent = self.train_latent(f"{name}-latent", (codes - mean) / std)
             prior = DiffusionPrior(latent, mean, std, settings.prior_sampling_steps)
             processes.once(lambda: self._save(path, prior, {"stage": f"{name}-prior"}))
+            return prior.eval().to(self.device)
         return load_model(path)[0].to(self.device)
 
     def train_latent(self, name: str, codes: Tensor) -> LatentDenoiser:

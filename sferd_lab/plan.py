@@ -57,6 +57,7 @@ SHAPES = {
     "patches": (3, 2, 2_800, 1_400),
     "mixture": (1, 10, 10_000, 5_000),
     "cifar10": (3, 10, 40_000, 10_000),
+    "imagenet64": (3, 1000, 1_182_615, 50_000),
     "folder": (3, 10, 10**6, 10**5),
 }
 META = torch.device("meta")
@@ -124,18 +125,17 @@ class Device:
 def accelerator(name: str, precision: str = "no", efficiency: float = 0.3) -> Device:
     """A named product at ``efficiency`` times its peak, with everything else free.
 
-    **The efficiency is an assumption**: no run of this project has been made on such a device. Without mixed precision torch convolves in
-    TF32 and multiplies matrices, attention's among them, in float32 (its defaults); ``precision`` bf16 or fp16 concerns the student's
-    passes of a training step alone, for targets and samples are made in float32. Raises SferdError for an unknown name or an efficiency
-    that is not above 0 and at most 1.
+    **The efficiency is an assumption**: no run of this project has been made on such a device. ``precision`` "no" is float32 throughout,
+    anything else TF32 (``train.set_precision``), and bf16 or fp16 in the student's passes of a training step, for targets and samples are
+    made in single precision. Raises SferdError for an unknown name or an efficiency that is not above 0 and at most 1.
     """
     if name not in ACCELERATORS:
         raise SferdError(f"device = {name!r}; allowed: here, {', '.join(ACCELERATORS)}")
     if not 0 < efficiency <= 1:
         raise SferdError(f"efficiency = {efficiency}; allowed: above 0, at most 1")
     sheet, share = ACCELERATORS[name], 1e12 * efficiency
-    single, half = Speed(share * sheet.tf32, share * sheet.fp32), Speed(share * sheet.bf16, share * sheet.bf16)
-    return Device(name, 1e9 * sheet.memory, single, single if precision == "no" else half)
+    peaks = (sheet.fp32, sheet.fp32) if precision == "no" else (sheet.tf32, sheet.tf32 if precision == "tf32" else sheet.bf16)
+    return Device(name, 1e9 * sheet.memory, *(Speed(share * peak, share * peak) for peak in peaks))
 
 
 # Counting without computing -----------------------------------------------------------------------------------------------
@@ -342,7 +342,7 @@ class Plan(Run):
 
         def steps(steps: int) -> Work:
             told = {name: values[:batch] for name, values in condition.items()}
-            return count(lambda: self.draw(replace(row, steps=steps), denoiser, batch, prior, **told))
+            return count(lambda: self.draw(replace(row, steps=steps), denoiser, range(batch), prior, **told))
 
         # As in a run's own count: a fixed amount for the first step and another for each further one.
         one, two = self._once(lambda: (steps(1), steps(2)), row.sampler, denoiser, prior, list(condition))
@@ -353,12 +353,13 @@ class Plan(Run):
         return pd.DataFrame()
 
     def code_errors(self, row: Row, model: SemanticDenoiser, prior: Prior) -> pd.DataFrame:
-        """Note what the comparison of four kinds of code would take: each is one pass over all reference images at once."""
-        images, name = self.data.reference.images, replace(row, z="code errors").label
+        """Note what the comparison of four kinds of code would take: each is a pass over the reference images, a thousand at a time."""
+        images, name = self.data.reference.images[:1000], replace(row, z="code errors").label
         z = self.codes(model, images)
         with torch.inference_mode():
             work, _ = self._once(lambda: (count(lambda: model(images, model.phi_hi, z=z)), Work()), "codes", model)
-        self.stages[name] = Stage(name, "sample", len(images), 4, _numbers(model), work)
+        repeats = 4 * len(self.data.reference.images) / len(images)
+        self.stages[name] = Stage(name, "sample", len(images), repeats, _numbers(model), work)
         return pd.DataFrame()
 
 
@@ -565,7 +566,7 @@ class _Begun(Run):
 
     def evaluate(self, row: Row, denoiser: Denoiser, prior: Prior | None = None, **condition: Tensor) -> pd.DataFrame:
         if row.z in ("", "prior"):
-            self.calls[row.label] = partial(self.draw, row, denoiser, self.settings.sampling_batch, prior)
+            self.calls[row.label] = partial(self.draw, row, denoiser, range(self.settings.sampling_batch), prior)
         return pd.DataFrame()
 
     def code_errors(self, row: Row, model: SemanticDenoiser, prior: Prior) -> pd.DataFrame:

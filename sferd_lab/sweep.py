@@ -339,7 +339,7 @@ def _client(workers: int, scheduler: str | None) -> Iterator[Client]:
         raise SferdError('a sweep needs Dask: pip install "sferd-lab[sweep]"') from None
     if scheduler is not None:
         try:
-            client = Client(scheduler, timeout=10)
+            client = Client(scheduler, timeout=60)  # seconds: a busy one may not answer at once
         except (OSError, ValueError, TypeError) as error:
             raise SferdError(f"scheduler = {scheduler!r} does not answer: {error}; allowed: an address as tcp://127.0.0.1:8786") from None
         with client:

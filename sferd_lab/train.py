@@ -42,8 +42,8 @@ class TrainSettings:
     """How a stage is trained. ``target_decay`` 0 is a stop-gradient target, otherwise the EMA decay of consistency's target network.
 
     ``batch_size`` is that of a step, whatever the number of processes; ``accumulate`` takes it in that many parts, one after another, and
-    ``gradient_checkpointing`` computes blocks twice, both to save memory. Of ``PRECISIONS``, "tf32" is single precision with TF32's
-    products on GPUs that have it.
+    ``gradient_checkpointing`` computes blocks twice, both to save memory. ``precision`` "no" is single, "tf32" single with TF32's products
+    on GPUs that have them, "bf16" and "fp16" are accelerate's mixed precision, with TF32 where single is left.
 
     ``null_label`` replaces each label with probability ``label_dropout``; ``z_noise`` is the standard deviation of the noise on ``z_dim``
     numbers that ``Batch.z_noise`` holds; ``checkpoint_every`` counts steps, 0 for none. With ``members`` above 1 the model is an ensemble:
@@ -127,6 +127,12 @@ def keep_memory() -> None:
         mallopt(m_mmap_threshold, 2**30)
 
 
+def set_precision(precision: str) -> None:
+    """Have a GPU multiply single-precision numbers as TF32 (10 bits of mantissa), unless ``precision`` is "no": then exactly."""
+    torch.set_float32_matmul_precision("highest" if precision == "no" else "high")
+    torch.backends.cudnn.allow_tf32 = precision != "no"
+
+
 def step_generator(seed: int, step: int) -> torch.Generator:
     """The random stream of one training step."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]) >> 1)
@@ -189,8 +195,7 @@ def train(
         # Not every parameter has a part in every loss: a network's label embedding, say.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    torch.set_float32_matmul_precision("high" if settings.precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = settings.precision == "tf32"
+    set_precision(settings.precision)
     optimizer = torch.optim.AdamW(trained, lr=settings.lr, betas=(0.9, 0.99), weight_decay=settings.weight_decay, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, settings.lr_factor)
     model.to(accelerator.device).train()

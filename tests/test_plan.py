@@ -221,13 +221,14 @@ def test_hours_are_flops_over_the_assumed_share_of_the_peak() -> None:
         changed = settings.model_copy(update=given)
         return plan(changed, "A100", efficiency).set_index("stage").loc["pd-4", "hours"]
 
-    def single(work: Work) -> float:  # convolutions in TF32, attention in float32
-        return (work.flops - work.attention) / (1e12 * sheet.tf32) + work.attention / (1e12 * sheet.fp32)
+    def seconds(target: float, student: float) -> float:  # two updates at half of these peaks, in TFLOP/s
+        return 2 * (stage.inference.flops / (1e12 * target) + stage.update.flops / (1e12 * student)) / 0.5
 
-    assert hours() == pytest.approx(2 * (single(stage.inference) + single(stage.update)) / 0.5 / 3600)  # 2 updates
+    assert hours() == pytest.approx(seconds(sheet.fp32, sheet.fp32) / 3600)
     assert hours(0.25) == pytest.approx(2 * hours())
+    assert hours(precision="tf32") == pytest.approx(seconds(sheet.tf32, sheet.tf32) / 3600)
     # Mixed precision is the student's alone.
-    assert hours(precision="bf16") == pytest.approx(2 * (single(stage.inference) + stage.update.flops / (1e12 * sheet.bf16)) / 0.5 / 3600)
+    assert hours(precision="bf16") == pytest.approx(seconds(sheet.tf32, sheet.bf16) / 3600)
 
 
 @pytest.mark.parametrize("name", ACCELERATORS)

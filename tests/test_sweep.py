@@ -418,7 +418,8 @@ def test_two_sweeps_at_once_run_nothing_twice(cluster: Cluster, tmp_path: Path) 
     folder = tmp_path / "out"
     with ThreadPoolExecutor(2) as pool:
         calls = [pool.submit(run_sweep, sweep, folder, scheduler=cluster.address, progress=False) for _ in range(2)]
-        wait_until(lambda: cluster.busy() == 2 and started(folder / "text=a"))
+        wait_until(lambda: (cluster.busy() == 2 and started(folder / "text=a")) or any(call.done() for call in calls))
+        assert [call.exception() for call in calls if call.done()] == []
         time.sleep(3)  # the other has begun too, as far as it may
         (folder / "go").touch()
         tables = [call.result() for call in calls]
@@ -431,7 +432,8 @@ def test_a_run_whose_worker_dies_is_done_by_another_and_every_run_completes_once
     folder = tmp_path / "out"
     with ThreadPoolExecutor(1) as pool:
         call = pool.submit(run_sweep, sweep, folder, scheduler=cluster.address, retries=0, progress=False)
-        kernel = wait_until(lambda: started(folder / "text=a"))
+        kernel = wait_until(lambda: started(folder / "text=a") or call.done())
+        assert not call.done(), call.exception()
         worker = cluster.worker_of(kernel)
         os.kill(worker.pid, signal.SIGKILL)
         assert worker.wait() == -signal.SIGKILL

@@ -674,8 +674,8 @@ def test_gradient_checkpointing_changes_what_is_kept_and_nothing_else():
     assert torch.equal(kept[True][2], kept[False][2])
 
 
-def test_tf32_is_for_whoever_asks_for_it():
-    for precision, words, cudnn in (("tf32", "high", True), ("no", "highest", False)):
+def test_tf32_is_for_whoever_asks_for_less_than_single_precision():
+    for precision, words, cudnn in (("tf32", "high", True), ("bf16", "high", True), ("no", "highest", False)):
         trained(small(), denoise, POINTS, precision=precision, steps=1)
         assert torch.get_float32_matmul_precision() == words
         assert torch.backends.cudnn.allow_tf32 is cudnn
