@@ -263,6 +263,14 @@ def test_fits_compares_the_sum_of_the_parts_with_the_devices_memory() -> None:
         assert plan(settings, device).set_index("stage").loc["pd-4", "fits"] == fits
 
 
+def test_a_target_network_is_one_average_more() -> None:
+    speed = Speed(1e9, 1e9)
+    for decay, copies in ((0.0, 1), (0.9, 2)):
+        settings = make(methods=["cd"], guided=[False], sgp=False, cd_target_decay=decay)
+        line = plan(settings, Device("toy", 10**9, speed, speed)).set_index("stage").loc["cd"]
+        assert line["averages"] == pytest.approx(copies * 4e-9 * line["parameters"])
+
+
 # ---- this machine
 
 
