@@ -171,17 +171,15 @@ class Run:
         """Write ``config.json``, or refuse a folder that holds another run. How many processes share the work may change on the way."""
         path = self.folder / "config.json"
         mine = json.loads(self.settings.model_copy(update={"run_folder": None, "processes": 1}).model_dump_json())
-        if path.exists():
-            theirs = read_json(path).get("settings", {})
-            for name in sorted(mine.keys() | theirs.keys()):
-                if mine.get(name) != theirs.get(name):
-                    raise SferdError(
-                        f"run folder {self.folder} was made with {name} = {theirs.get(name)}, these settings have {mine.get(name)}; "
-                        "allowed: the same settings, or another run_folder"
-                    )
-        processes.wait()  # all have looked
-        if not path.exists():
+        if not self._is_there(path):
             processes.once(lambda: write_json(path, {"settings": mine, "made_with": provenance()}))
+        theirs = read_json(path).get("settings", {})
+        for name in sorted(mine.keys() | theirs.keys()):
+            if mine.get(name) != theirs.get(name):
+                raise SferdError(
+                    f"run folder {self.folder} was made with {name} = {theirs.get(name)}, these settings have {mine.get(name)}; "
+                    "allowed: the same settings, or another run_folder"
+                )
 
     # Stages -------------------------------------------------------------------------------------------------------------
 

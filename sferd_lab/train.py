@@ -213,7 +213,7 @@ def train(
     while step < settings.steps:
         batch = draw_batch(data, settings, step, accelerator.device)
         prepared_optimizer.zero_grad()
-        total = torch.zeros((), device=accelerator.device)
+        shares = []
         for index in range(settings.accumulate):
             part = batch.part(processes.rank() * settings.accumulate + index, parts_of_a_batch)
             # Processes exchange gradients once a step, with the last part's.
@@ -221,9 +221,9 @@ def train(
                 goal = make_target(part, target.module if target else model)
                 prediction = prepared(goal.x, goal.phi, **goal.condition)
                 loss = distillation_loss(prediction, goal, settings.loss).mean() / settings.accumulate
-                total += loss.detach()
+                shares.append(loss.detach())
                 accelerator.backward(loss * settings.members)  # so that each member's gradient is that of its own mean
-        losses[step] = accelerator.reduce(total, "mean").item()
+        losses[step] = accelerator.reduce(torch.stack(shares).sum(), "mean").item()
         if not losses[step].isfinite():
             kept = (
                 f"the last good state is in {checkpoint}" if checkpoint and checkpoint.exists() else "no checkpoint was written before it"

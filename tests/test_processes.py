@@ -35,7 +35,7 @@ def run(count: int, *command: str) -> str:
     """What ``command`` prints in ``count`` processes of one thread each."""
     several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"] if count > 1 else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "SFERD_LAB_TINY": "1"}
-    done = subprocess.run([sys.executable, *several, *command], capture_output=True, text=True, env=environment, timeout=300, check=False)
+    done = subprocess.run([sys.executable, *several, *command], capture_output=True, text=True, env=environment, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
