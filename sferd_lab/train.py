@@ -185,6 +185,8 @@ def train(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise SferdError("no parameter of the model requires a gradient: there is nothing to train")
+    if settings.precision == "fp16" and (settings.device == "cpu" or not torch.accelerator.is_available()):
+        raise SferdError("precision = 'fp16' on a CPU; allowed: no, tf32, bf16")
     keep_memory()
     # accelerate keeps device and precision for the whole process and refuses others later; here every stage may choose its own.
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -205,7 +207,8 @@ def train(
     target = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.target_decay)) if settings.target_decay else None
     parts: dict[str, nn.Module] = {"model": model, "ema": ema} | ({"target": target} if target else {})
     losses = torch.zeros(settings.steps, dtype=torch.float64)
-    step = load_checkpoint(checkpoint, parts, optimizer, scheduler, settings, losses) if checkpoint and checkpoint.exists() else 0
+    steering = Steering(optimizer, scheduler, accelerator.scaler)
+    step = load_checkpoint(checkpoint, parts, steering, settings, losses) if checkpoint and checkpoint.exists() else 0
     # A shallow copy, same tensors: for mixed precision accelerate overwrites `forward`, which would outlive the training.
     prepared, prepared_optimizer = accelerator.prepare(copy.copy(model), optimizer)
     if step == settings.steps:
@@ -238,7 +241,7 @@ def train(
             target.update_parameters(model)
         step += 1
         if checkpoint and (step == settings.steps or (settings.checkpoint_every and step % settings.checkpoint_every == 0)):
-            processes.once(lambda step=step: save_checkpoint(checkpoint, parts, optimizer, scheduler, settings, losses[:step]))
+            processes.once(lambda step=step: save_checkpoint(checkpoint, parts, steering, settings, losses[:step]))
         yield TrainState(step, losses[:step], lr, model, ema.module)
 
 
@@ -254,16 +257,18 @@ def step_flops(model: Denoiser, make_target: MakeTarget, data: Split, settings: 
     return processes.count() * counter.get_total_flops()
 
 
-def save_checkpoint(
-    path: Path,
-    parts: dict[str, nn.Module],
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LambdaLR,
-    settings: TrainSettings,
-    losses: Tensor,
-) -> None:
+@dataclass(frozen=True)
+class Steering:
+    """What moves the weights: optimiser, schedule and, in fp16 alone, the scaler of the loss."""
+
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LambdaLR
+    scaler: torch.amp.GradScaler | None = None
+
+
+def save_checkpoint(path: Path, parts: dict[str, nn.Module], steering: Steering, settings: TrainSettings, losses: Tensor) -> None:
     """Write weights, averages, optimiser, scheduler, random state, settings and losses so far to one safetensors file, atomically."""
-    step = len(losses)
+    optimizer, scheduler, step = steering.optimizer, steering.scheduler, len(losses)
     tensors = {f"{part}.{name}": tensor for part, module in parts.items() for name, tensor in module.state_dict().items()}
     optimizer_state = optimizer.state_dict()
     for index, state in optimizer_state["state"].items():
@@ -277,22 +282,17 @@ def save_checkpoint(
         "random": {"seed": settings.seed, "step": step},
         "param_groups": optimizer_state["param_groups"],
         "scheduler": {"last_epoch": scheduler.last_epoch, "lr": scheduler.get_last_lr()},
+        "scaler": steering.scaler.state_dict() if steering.scaler else None,
     }
     save_tensors(path, tensors, info)
 
 
-def load_checkpoint(
-    path: Path,
-    parts: dict[str, nn.Module],
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LambdaLR,
-    settings: TrainSettings,
-    losses: Tensor,
-) -> int:
+def load_checkpoint(path: Path, parts: dict[str, nn.Module], steering: Steering, settings: TrainSettings, losses: Tensor) -> int:
     """Restore what ``save_checkpoint`` wrote, the first ``losses`` included, and give the step.
 
     Raises SferdError when the file is of other settings or another model, or was altered.
     """
+    optimizer, scheduler = steering.optimizer, steering.scheduler
     tensors, info = load_tensors(path)
     if info.get("kind") != "checkpoint" or info.get("version") != CHECKPOINT_VERSION:
         raise SferdError(f"{path} is not a checkpoint of version {CHECKPOINT_VERSION}")
@@ -322,6 +322,8 @@ def load_checkpoint(
     _matching({"losses": losses[: info["step"]]}, others, "", path)
     optimizer.load_state_dict({"state": state, "param_groups": info["param_groups"]})
     scheduler.last_epoch, scheduler._last_lr = info["scheduler"]["last_epoch"], info["scheduler"]["lr"]
+    if steering.scaler:
+        steering.scaler.load_state_dict(info["scaler"])
     losses[: info["step"]] = tensors["losses"]
     return int(info["step"])
 

@@ -22,7 +22,7 @@ from sferd_lab.distill import ConsistencyTarget, DataTarget, ProgressiveTarget, 
 from sferd_lab.errors import SferdError
 from sferd_lab.files import load_tensors, save_tensors
 from sferd_lab.semantic import LatentDenoiser, SemanticDenoiser
-from sferd_lab.train import TrainSettings, draw_batch, load_part, step_flops, train
+from sferd_lab.train import Steering, TrainSettings, draw_batch, load_checkpoint, load_part, save_checkpoint, step_flops, train
 from sferd_lab.unet import UNet, UNetSettings
 
 
@@ -696,3 +696,23 @@ def test_compiling_is_accelerate_s_and_off_by_default(monkeypatch):
     for on in (False, True):
         trained(small(), denoise, POINTS, compile=on, steps=1)
     assert asked == [None, "inductor"]
+
+
+def test_half_precision_on_a_cpu_is_refused_in_words():
+    with pytest.raises(SferdError, match="precision = 'fp16' on a CPU; allowed: no, tf32, bf16"):
+        trained(small(), denoise, POINTS, precision="fp16")
+
+
+def test_the_scaler_of_the_loss_goes_on_where_it_was(tmp_path):
+    path, settings, losses = tmp_path / "checkpoint.safetensors", options(), torch.zeros(6, dtype=torch.float64)
+    kept = {}
+    for scale in (8.0, 65536.0):  # a fresh one has lost what it has learned
+        model = small()
+        optimizer = torch.optim.AdamW(model.parameters())
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, settings.lr_factor)
+        steering = Steering(optimizer, scheduler, torch.amp.GradScaler("cpu", init_scale=scale))
+        if not path.exists():
+            save_checkpoint(path, {"model": model}, steering, settings, losses[:2])
+        load_checkpoint(path, {"model": model}, steering, settings, losses)
+        kept[scale] = steering.scaler.get_scale()
+    assert kept == {8.0: 8.0, 65536.0: 8.0}
