@@ -41,7 +41,7 @@ def rank() -> int:
 def wait() -> None:
     """Go on when all processes are here."""
     if count() > 1:
-        dist.barrier()
+        dist.all_reduce(torch.zeros(1, device="cpu" if dist.get_backend() == "gloo" else torch.accelerator.current_accelerator()))
 
 
 def once(work: Callable[[], object]) -> None:

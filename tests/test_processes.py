@@ -9,9 +9,11 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 import torch
 
@@ -35,9 +37,23 @@ def run(count: int, *command: str) -> str:
     """What ``command`` prints in ``count`` processes of one thread each."""
     several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"] if count > 1 else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "SFERD_LAB_TINY": "1"}
-    done = subprocess.run([sys.executable, *several, *command], capture_output=True, text=True, env=environment, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    for left in (1, 0):
+        command_line = [sys.executable, *several, *command]
+        with subprocess.Popen(command_line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+            try:
+                out, errors = process.communicate(timeout=120)
+                break
+            except subprocess.TimeoutExpired:
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    child.kill()
+                process.kill()
+                # Once in about twenty runs two processes waited for each other in gloo on a busy machine, and nobody has found out why.
+                # What was begun is continued, as after any interruption.
+                if not left:
+                    raise
+                warnings.warn("two processes hung and were started again", stacklevel=2)
+    assert process.returncode == 0, errors[-3000:]
+    return out
 
 
 def results(folder: Path, rank: int = 0) -> dict[str, dict[str, torch.Tensor]]:
