@@ -194,8 +194,8 @@ def train(
         cpu=settings.device == "cpu",
         mixed_precision="no" if settings.precision == "tf32" else settings.precision,
         dynamo_backend="inductor" if settings.compile else None,
-        # Not every parameter has a part in every loss: a network's label embedding, say.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        # A blind predictor's encoder has no part in the loss.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=getattr(model, "blind", False))],
     )
     set_precision(settings.precision)
     optimizer = torch.optim.AdamW(trained, lr=settings.lr, betas=(0.9, 0.99), weight_decay=settings.weight_decay, fused=True)
