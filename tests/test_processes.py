@@ -47,8 +47,8 @@ def run(count: int, *command: str) -> str:
                 for child in psutil.Process(process.pid).children(recursive=True):
                     child.kill()
                 process.kill()
-                # Once in about twenty runs two processes waited for each other in gloo on a busy machine, and nobody has found out why.
-                # What was begun is continued, as after any interruption.
+                # Two processes have waited for each other in gloo on a busy machine, for a reason that is not known. What was begun is
+                # continued, as after any interruption.
                 if not left:
                     raise
                 warnings.warn("two processes hung and were started again", stacklevel=2)
