@@ -9,7 +9,6 @@ goes on where it stopped, and ends with the same weights.
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 import os
 import platform
@@ -114,10 +113,10 @@ class Run:
         self.folder = Path(settings.run_folder) if settings.run_folder else default
         self.data: ImageData = load_images(settings.data, settings.image_size, settings.data_folder)
         self.shape = self.data.shape
-        processes.connect(cpu=settings.device == "cpu")
+        processes.connect(processes.on_cpu(settings.device))
         set_precision(settings.precision)
         self.device = torch.device("cpu")
-        if settings.device == "auto" and torch.accelerator.is_available():
+        if not processes.on_cpu(settings.device):
             self.device = torch.device(torch.accelerator.current_accelerator().type, torch.accelerator.current_device_index())
         classes = self.data.classes if settings.class_conditional else 0
         self.unet = UNetSettings(self.shape[0], settings.widths, settings.blocks, settings.attention, settings.heads, classes)
@@ -678,13 +677,12 @@ class Run:
             yield told
         self.code_errors(row, model, prior)
 
-    def everything(self) -> None:
-        """All stages and all rows that the settings ask for."""
-        self.teacher()
-        rows = [self.evaluate_teacher(), self.evaluate_students(), *([self.evaluate_semantic()] if self.settings.sgp else [])]
-        for _ in itertools.chain(*rows):
-            pass
-        self.evaluate_known_bad()
+    def rows(self) -> Iterator[Row]:
+        """Train all stages and score all rows that the settings ask for, in order; yields each row when done."""
+        yield from self.evaluate_teacher()
+        yield from self.evaluate_students()
+        if self.settings.sgp:
+            yield from self.evaluate_semantic()
 
     def table(self) -> pd.DataFrame:
         """``metrics.csv`` as it stands."""
@@ -704,7 +702,10 @@ def launch(settings: Settings) -> None:
 
 
 def _work(settings: Settings) -> None:
-    Run(settings).everything()
+    run = Run(settings)
+    run.evaluate_known_bad()
+    for _ in run.rows():
+        pass
 
 
 def main(arguments: list[str]) -> None:

@@ -363,13 +363,6 @@ class Plan(Run):
         return pd.DataFrame()
 
 
-def go_through(run: Run) -> None:
-    """The whole way of ``notebooks/experiment.ipynb``."""
-    for rows in (run.evaluate_teacher(), run.evaluate_students(), run.evaluate_semantic() if run.settings.sgp else ()):
-        for _ in rows:
-            pass
-
-
 def step_work(model: Denoiser, make_target: MakeTarget, data: Split, training: TrainSettings) -> tuple[Work, Work]:
     """Of one training step as in ``train``: the work of making its target, and of the model's forward and backward pass.
 
@@ -416,7 +409,8 @@ def planned_stages(settings: Settings) -> dict[str, Stage]:
     """The stages behind ``plan``, by name."""
     with tempfile.TemporaryDirectory() as folder:
         planned = Plan(settings, Path(folder))
-        go_through(planned)
+        for _ in planned.rows():
+            pass
     return planned.stages
 
 
@@ -584,7 +578,8 @@ def check(preset: str, turns: int, clock: Callable[[], float] = time.process_tim
     with tempfile.TemporaryDirectory() as folder:
         settings = make_settings(preset, run_folder=folder, **short, **parameters)
         some, run, stages = trial(settings), _Begun(settings), planned_stages(settings)
-        go_through(run)
+        for _ in run.rows():
+            pass
         seconds = alternate({**some.calls, **run.calls}, turns, clock)
     here = some.device(seconds, memory_here(torch.device("cpu")))
     rate = {kind: some.works[f"{kind}, batch"].flops / seconds[f"{kind}, batch"] for kind in ("inference", "training")}

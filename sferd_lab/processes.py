@@ -20,6 +20,13 @@ from sferd_lab.errors import SferdError
 PATIENCE = timedelta(hours=6)
 
 
+def on_cpu(device: str) -> bool:
+    """Whether the setting "auto" or "cpu" means the CPU here. accelerate has to be told: left to itself without a GPU, it takes several
+    processes for one, and each would train alone.
+    """
+    return device == "cpu" or not torch.accelerator.is_available()
+
+
 def connect(cpu: bool) -> None:
     """Join the other processes, where a launcher started several; ``cpu`` keeps them off a GPU."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
@@ -41,7 +48,7 @@ def rank() -> int:
 def wait() -> None:
     """Go on when all processes are here."""
     if count() > 1:
-        dist.all_reduce(torch.zeros(1, device="cpu" if dist.get_backend() == "gloo" else torch.accelerator.current_accelerator()))
+        dist.barrier()
 
 
 def once(work: Callable[[], object]) -> None:

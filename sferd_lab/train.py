@@ -185,13 +185,13 @@ def train(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise SferdError("no parameter of the model requires a gradient: there is nothing to train")
-    if settings.precision == "fp16" and (settings.device == "cpu" or not torch.accelerator.is_available()):
+    if settings.precision == "fp16" and processes.on_cpu(settings.device):
         raise SferdError("precision = 'fp16' on a CPU; allowed: no, tf32, bf16")
     keep_memory()
     # accelerate keeps device and precision for the whole process and refuses others later; here every stage may choose its own.
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(
-        cpu=settings.device == "cpu",
+        cpu=processes.on_cpu(settings.device),
         mixed_precision="no" if settings.precision == "tf32" else settings.precision,
         dynamo_backend="inductor" if settings.compile else None,
         # A blind predictor's encoder has no part in the loss.

@@ -340,8 +340,8 @@ def set_gradient_checkpointing(model: nn.Module, on: bool) -> None:
     for module in model.modules():
         if isinstance(module, Block):
             module.recompute = on
-        elif on and hasattr(module, "enable_gradient_checkpointing"):  # a network of diffusers
-            module.enable_gradient_checkpointing()
+        elif hasattr(module, "enable_gradient_checkpointing"):  # a network of diffusers
+            (module.enable_gradient_checkpointing if on else module.disable_gradient_checkpointing)()
 
 
 def check_layers(layers: Sequence[str], available: Sequence[str]) -> None:

@@ -185,6 +185,28 @@ def test_it_guides_and_teaches_like_any_other() -> None:
         assert torch.equal(weight, kept[name])
 
 
+def test_gradient_checkpointing_can_be_had_and_left_again() -> None:
+    student, kept = as_student(adapted(scheduler=SCHEDULERS["v, cosine"]).float()), {}
+    data = Split(images(student, 8).float(), None)
+    start = copy.deepcopy(student.state_dict())
+    for turn, on in enumerate((False, True, False)):
+        count = 0
+
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal count
+            count += tensor.numel()
+            return tensor
+
+        student.load_state_dict(start)
+        settings = TrainSettings(steps=1, batch_size=4, device="cpu", gradient_checkpointing=on)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            *_, last = train(student, denoising_target(student.phi_lo, student.phi_hi), data, settings)
+        kept[turn] = (count, last.losses.item())
+    assert kept[1][0] < kept[0][0]
+    assert kept[2] == kept[0]
+    assert kept[1][1] == pytest.approx(kept[0][1], rel=1e-6)
+
+
 def test_the_gradient_predictor_starts_as_nothing_and_learns_to_use_the_code() -> None:
     teacher = adapted(MODELS["colour, two blocks, scale and shift"], SCHEDULERS["v, cosine"]).float().requires_grad_(False)
     pair = seeded(lambda: SemanticDenoiser(copy.deepcopy(teacher), 4), 0)

@@ -35,7 +35,6 @@ from sferd_lab.plan import (
     alternate,
     check,
     count,
-    go_through,
     image_shape,
     main,
     plan,
@@ -64,7 +63,8 @@ def recorded(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> tuple[pd.Se
     monkeypatch.setattr(Run, "evaluate", evaluate)
     monkeypatch.setattr(Run, "code_errors", lambda *_: None)
     run = Run(settings, progress=False)
-    go_through(run)
+    for _ in run.rows():
+        pass
     return pd.read_csv(run.folder / "stages.csv").set_index("stage")["tflop"], images
 
 

@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pandas as pd
@@ -36,22 +35,17 @@ LOSS, WEIGHT = 1e-5, 1e-3
 def run(count: int, *command: str) -> str:
     """What ``command`` prints in ``count`` processes of one thread each."""
     several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"] if count > 1 else []
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "SFERD_LAB_TINY": "1"}
-    for left in (3, 2, 1, 0):
-        command_line = [sys.executable, *several, *command]
-        with subprocess.Popen(command_line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
-            try:
-                out, errors = process.communicate(timeout=75)
-                break
-            except subprocess.TimeoutExpired:
-                for child in psutil.Process(process.pid).children(recursive=True):
-                    child.kill()
-                process.kill()
-                # Two processes have waited for each other in gloo on a busy machine, for a reason that is not known. What was begun is
-                # continued, as after any interruption.
-                if not left:
-                    raise
-                warnings.warn("two processes hung and were started again", stacklevel=2)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "SFERD_LAB_TINY": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with subprocess.Popen(
+        [sys.executable, *several, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            out, errors = process.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            for child in psutil.Process(process.pid).children(recursive=True):  # which would outlive the launcher
+                child.kill()
+            process.kill()
+            raise
     assert process.returncode == 0, errors[-3000:]
     return out
 
@@ -128,8 +122,8 @@ def test_the_table_has_the_same_rows_and_each_once(experiments: dict[int, Path])
     both = one.merge(two, on=key, how="outer", suffixes=("", "_two"), indicator=True)
     assert (both["_merge"] == "both").all()
     timed = both["metric"] == "sampling_ms_per_image"
-    # Scores of barely trained students are large; the rounding of their weights shows in them.
-    assert both.loc[~timed, "value_two"].to_numpy() == pytest.approx(both.loc[~timed, "value"].to_numpy(), rel=0.02, abs=1e-3)
+    # The rounding of the weights shows in the scores: by 4e-7 of them where this was written.
+    assert both.loc[~timed, "value_two"].to_numpy() == pytest.approx(both.loc[~timed, "value"].to_numpy(), rel=1e-4, abs=1e-6)
     assert (both["n"] == both["n_two"]).all()
 
 
@@ -145,6 +139,20 @@ def test_the_teacher_s_images_and_scores_do_not_depend_on_the_number_of_processe
     wanted = one[rows].set_index(["steps", "guidance", "metric"])["value"]
     found = two[(two["method"] == "teacher") & (two["sgp"] == "")].set_index(["steps", "guidance", "metric"])["value"]
     pd.testing.assert_series_equal(found.loc[wanted.index], wanted, rtol=1e-9)
+
+
+def test_a_run_s_students_are_those_of_one_process(experiments: dict[int, Path]) -> None:
+    # The default device, "auto": what each process would do alone, on its half of every batch, is not this.
+    one, two = (pd.read_csv(experiments[count] / "training.csv") for count in (1, 2))
+    assert one["stage"].tolist() == two["stage"].tolist()
+    assert two["loss"].to_numpy() == pytest.approx(one["loss"].to_numpy(), rel=1e-4)
+    names = {path.name for path in (experiments[1] / "weights").iterdir()}
+    assert names == {path.name for path in (experiments[2] / "weights").iterdir()}
+    for name in sorted(names):
+        if not name.endswith("-prior.safetensors"):
+            a, b = (load_tensors(experiments[count] / "weights" / name)[0] for count in (1, 2))
+            for key, tensor in a.items():
+                torch.testing.assert_close(b[key].double(), tensor.double(), rtol=0, atol=WEIGHT, msg=f"{name}: {key}")
 
 
 def test_training_flops_count_all_processes(experiments: dict[int, Path]) -> None:

@@ -29,7 +29,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 IMAGES = Split(normal(24, 1, 4, 4).clamp(-1, 1), torch.arange(24) % 3)
 PLAIN = Split(IMAGES.images, None)
-BASE = {"steps": 6, "batch_size": 8, "warmup": 2, "checkpoint_every": 2, "device": "cpu"}
+BASE = {"steps": 6, "batch_size": 8, "warmup": 2, "checkpoint_every": 2}  # and the default device
 
 
 def unet(seed: int, **shape: object) -> NetworkDenoiser:
@@ -58,7 +58,7 @@ STAGES = {
 
 
 def main(folder: Path, stop: int | None) -> None:
-    processes.connect(cpu=True)
+    processes.connect(processes.on_cpu("auto"))
     saved = Counter()
     keep, training.save_checkpoint = training.save_checkpoint, lambda path, *rest: (saved.update([path.stem]), keep(path, *rest))
     for name, (build, target, data, options) in STAGES.items():
