@@ -14,11 +14,11 @@ from sferd_lab.denoiser import Denoiser, NetworkDenoiser
 from sferd_lab.errors import SferdError
 from sferd_lab.files import load_tensors, save_tensors
 from sferd_lab.sample import Prior, sample
-from sferd_lab.semantic import DiffusionPrior, LatentDenoiser, MixturePrior, SemanticDenoiser, semantic_info
+from sferd_lab.semantic import DiffusionPrior, KernelPrior, LatentDenoiser, MixturePrior, SemanticDenoiser, semantic_info
 from sferd_lab.train import load_part
 from sferd_lab.unet import UNet, UNetSettings, unet_info
 
-Model = NetworkDenoiser | SemanticDenoiser | LatentDenoiser | DiffusionPrior | MixturePrior
+Model = NetworkDenoiser | SemanticDenoiser | LatentDenoiser | DiffusionPrior | MixturePrior | KernelPrior
 
 
 def shipped_folder() -> Path:
@@ -59,7 +59,7 @@ def save_model(path: Path | str, model: Model, info: dict[str, Any]) -> None:
     elif isinstance(model, DiffusionPrior):
         kind = {"kind": "diffusion prior", "latent": model.denoiser.settings, "steps": model.steps}
     else:
-        kind = {"kind": "mixture prior"}
+        kind = {"kind": "kernel prior" if isinstance(model, KernelPrior) else "mixture prior"}
     save_tensors(path, model.state_dict(), {**info, **kind})
 
 
@@ -83,6 +83,8 @@ def load_model(path: Path | str) -> tuple[Model, dict[str, Any]]:
             model = DiffusionPrior(LatentDenoiser(**info["latent"]), torch.zeros(size), torch.ones(size), info["steps"])
         elif kind == "mixture prior":
             model = MixturePrior(tensors["weights"], tensors["means"], tensors["covariances"])
+        elif kind == "kernel prior":
+            model = KernelPrior(tensors["codes"], tensors["bandwidth"])
         else:
             raise SferdError(f"{path} holds a '{kind}'; expected a network, a semantic denoiser, a latent network or a prior")
     except (KeyError, TypeError) as error:

@@ -98,7 +98,9 @@ class Settings(BaseModel):
     sgp_blind: bool = Field(False, description="control: the predictor is told zeros instead of a code")
     z_dim: Count = Field(description="size of the semantic code, at most 1/8 of the pixels")
     z_noise: Annotated[float, Field(ge=0, le=2)] = Field(0.1, description="standard deviation of noise on the code in training")
-    prior: Literal["diffusion", "mixture"] = Field("mixture", description="latent diffusion, or scikit-learn's Gaussian mixture")
+    prior: Literal["diffusion", "mixture", "kernel"] = Field(
+        "mixture", description="latent diffusion, scikit-learn's Gaussian mixture, or training codes with the noise of z_noise on them"
+    )
     prior_steps: Count = Field(1000, description="training steps of the diffusion prior")
     prior_sampling_steps: Count = Field(20, description="DDIM steps of the diffusion prior")
     prior_components: Count = Field(10, description="components of the mixture prior")

@@ -43,7 +43,7 @@ from sferd_lab.files import load_tensors, project_folder, read_json, replacing, 
 from sferd_lab.guidance import GuidedDenoiser, default_layer, gaussian_blur
 from sferd_lab.metrics import METRICS, Scorer, known_bad, load_feature_network, save_feature_network, train_feature_network
 from sferd_lab.sample import Prior, SampleNoise, Samples, sample
-from sferd_lab.semantic import DiffusionPrior, LatentDenoiser, MixturePrior, SemanticDenoiser
+from sferd_lab.semantic import DiffusionPrior, KernelPrior, LatentDenoiser, MixturePrior, SemanticDenoiser
 from sferd_lab.train import MakeTarget, TrainSettings, set_precision, step_flops, train
 from sferd_lab.unet import UNet, UNetSettings, check_layers
 
@@ -398,16 +398,17 @@ class Run:
         if self._is_there(path):
             return load_model(path)[0].to(self.device)
         settings, codes = self.settings, self.codes(model, self.train_split.images).clone()
-        if settings.prior == "mixture":
-            processes.once(
-                lambda: self._save(path, MixturePrior.fit(codes, settings.prior_components, settings.seed), {"stage": f"{name}-prior"})
-            )
-        else:
+        about = {"stage": f"{name}-prior"}
+        if settings.prior == "diffusion":
             mean, std = codes.mean(0), codes.std(0)
             latent = self.train_latent(f"{name}-latent", (codes - mean) / std)
             prior = DiffusionPrior(latent, mean, std, settings.prior_sampling_steps)
-            processes.once(lambda: self._save(path, prior, {"stage": f"{name}-prior"}))
+            processes.once(lambda: self._save(path, prior, about))
             return prior.eval().to(self.device)
+        if settings.prior == "mixture":
+            processes.once(lambda: self._save(path, MixturePrior.fit(codes, settings.prior_components, settings.seed), about))
+        else:
+            processes.once(lambda: self._save(path, KernelPrior(codes, settings.z_noise), about))
         return load_model(path)[0].to(self.device)
 
     def train_latent(self, name: str, codes: Tensor) -> LatentDenoiser:

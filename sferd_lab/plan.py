@@ -45,7 +45,7 @@ from sferd_lab.errors import SferdError
 from sferd_lab.experiment import Row, Run
 from sferd_lab.files import replacing
 from sferd_lab.sample import Prior, SampleNoise
-from sferd_lab.semantic import MixturePrior, SemanticDenoiser
+from sferd_lab.semantic import KernelPrior, MixturePrior, SemanticDenoiser
 from sferd_lab.train import MakeTarget, TrainSettings, train
 from sferd_lab.unet import UNet, UNetSettings
 
@@ -323,8 +323,10 @@ class Plan(Run):
         """Note what encoding the training images takes; the fit of a mixture, on the CPU by scikit-learn, is not counted."""
         stage, settings, images = f"{name}-prior", self.settings, self.train_split.images[:1000]
         if stage not in self.models:
-            if settings.prior == "mixture":
-                k, z = settings.prior_components, settings.z_dim
+            k, z = settings.prior_components, settings.z_dim
+            if settings.prior == "kernel":
+                self._keep(stage, KernelPrior(torch.zeros(1, z).expand(len(self.train_split.images), z), settings.z_noise))
+            elif settings.prior == "mixture":
                 self._keep(stage, MixturePrior(torch.full((k,), 1 / k), torch.zeros(k, z), torch.eye(z).expand(k, z, z)))
             else:
                 super().prior(name, model)

@@ -237,6 +237,37 @@ class MixturePrior(nn.Module):
         return Counter()
 
 
+class KernelPrior(nn.Module):
+    """Codes of training images, each with fresh normal noise of standard deviation ``bandwidth``: a kernel density estimate (Parzen 1962).
+
+    With the noise that codes had in training (``z_noise``) it is the very distribution of codes that predictor and pair have learned from.
+    It can be nothing but near the training set: judge it together with the memorisation ratio of the images.
+    """
+
+    def __init__(self, codes: Tensor, bandwidth: Tensor | float) -> None:
+        super().__init__()
+        bandwidth = torch.as_tensor(bandwidth, dtype=codes.dtype)
+        if codes.ndim != 2 or not len(codes) or bandwidth.ndim or not 0 <= bandwidth < math.inf or not bool(codes.sum().isfinite()):
+            raise SferdError(
+                f"kernel prior of codes {tuple(codes.shape)}, bandwidth {bandwidth.tolist()}; "
+                "allowed: finite codes (N, z_dim), N 1 or more, and a finite number from 0"
+            )
+        self.register_buffer("codes", codes)
+        self.register_buffer("bandwidth", bandwidth)
+        self.noise_dim = codes.shape[1] + 1
+
+    def from_noise(self, noise: Tensor) -> Tensor:
+        """Codes (B, z_dim) from noise (B, z_dim + 1): the first number picks the training code, the others are the noise on it."""
+        noise = noise.to(self.codes.device)
+        uniform = 0.5 * (1 + torch.erf(noise[:, 0] / math.sqrt(2)))
+        picked = (uniform * len(self.codes)).long().clamp_max(len(self.codes) - 1)
+        return self.codes[picked] + self.bandwidth * noise[:, 1:]
+
+    def nfe(self) -> Counter[str]:
+        """Nothing is evaluated."""
+        return Counter()
+
+
 def semantic_info(model: SemanticDenoiser) -> dict[str, Any]:
     """What rebuilds E and G beside their base network."""
     return {"z_dim": model.encoder.z_dim, "encoder_width": model.encoder.settings["width"], "blind": model.blind}

@@ -23,7 +23,7 @@ from sferd_lab.errors import SferdError
 from sferd_lab.files import load_tensors, read_json, save_tensors, sha256, write_json
 from sferd_lab.metrics import extract, frechet_distance, load_feature_network
 from sferd_lab.sample import sample
-from sferd_lab.semantic import DiffusionPrior, LatentDenoiser, MixturePrior, SemanticDenoiser
+from sferd_lab.semantic import DiffusionPrior, KernelPrior, LatentDenoiser, MixturePrior, SemanticDenoiser
 from sferd_lab.unet import UNet, UNetSettings
 
 ROOT = Path(__file__).parent.parent
@@ -59,6 +59,7 @@ MODELS: dict[str, Callable[[], Model]] = {
         DiffusionPrior(LatentDenoiser(Z_DIM, width=16, depth=2), torch.zeros(Z_DIM), torch.ones(Z_DIM), steps=3)
     ),
     "mixture prior": mixture_prior,
+    "kernel prior": lambda: KernelPrior(torch.linspace(-2, 2, 4 * Z_DIM).reshape(4, Z_DIM), 0.25),
 }
 KINDS = list(MODELS)
 
@@ -67,7 +68,7 @@ KINDS = list(MODELS)
 def output(model: Model) -> Tensor:
     """What the model makes of fixed inputs."""
     generator = torch.Generator().manual_seed(5)
-    if isinstance(model, DiffusionPrior | MixturePrior):
+    if isinstance(model, DiffusionPrior | MixturePrior | KernelPrior):
         return model.from_noise(torch.randn(6, model.noise_dim, generator=generator))
     if isinstance(model, LatentDenoiser):
         return model(torch.randn(2, Z_DIM, generator=generator), 0.7).v
@@ -155,7 +156,7 @@ def test_another_kind_of_file_is_refused_by_its_kind(tmp_path: Path) -> None:
         load_model(tmp_path / "images.safetensors")
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mixture prior"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("mixture prior", "kernel prior")])
 def test_a_file_with_a_missing_extra_or_misshapen_tensor_is_refused(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "model.safetensors"
     save_model(path, MODELS[kind](), INFO)
@@ -185,6 +186,21 @@ def test_a_mixture_prior_without_a_tensor_or_with_impossible_weights_is_refused(
     save_tensors(path, tensors | {"weights": torch.tensor([0.5, 0.6])}, info)
     with pytest.raises(SferdError, match="expected positive weights with sum 1"):
         load_model(path)
+
+
+def test_a_kernel_prior_without_a_tensor_or_with_impossible_codes_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "prior.safetensors"
+    save_model(path, MODELS["kernel prior"](), INFO)
+    tensors, info = load_tensors(path)
+    for altered, message in (
+        ({"codes": tensors["codes"]}, r"prior\.safetensors lacks what rebuilds its model: 'bandwidth'"),
+        (tensors | {"extra": torch.zeros(2)}, "tensor 'extra' is not one of this model"),
+        (tensors | {"codes": torch.zeros(0, Z_DIM)}, "finite codes"),
+        (tensors | {"bandwidth": torch.tensor(-1.0)}, "a finite number from 0"),
+    ):
+        save_tensors(path, altered, info)
+        with pytest.raises(SferdError, match=message):
+            load_model(path)
 
 
 @pytest.mark.parametrize(

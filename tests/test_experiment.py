@@ -308,6 +308,17 @@ def test_the_z_conditional_teacher_keeps_the_teacher_frozen_and_sees_the_image(f
     assert torch.equal(target.x0, batch(run).x0)
 
 
+def test_a_kernel_prior_holds_the_codes_of_all_training_images_and_the_noise_of_their_training(
+    fake: dict[str, Asked], tmp_path: Path
+) -> None:
+    run = start(tmp_path, prior="kernel", z_noise=0.3, methods=("pd",), guided=(False,))
+    teacher = run.semantic_teacher(run.teacher())
+    prior = run.prior("teacher-sgp", teacher)
+    assert prior.bandwidth == 0.3
+    with torch.inference_mode():
+        torch.testing.assert_close(prior.codes, teacher.encoder(run.data.train.images), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("joint", [False, True])
 def test_a_walk_target_is_the_one_that_the_student_was_distilled_with(fake: dict[str, Asked], tmp_path: Path, joint: bool) -> None:
     run = start(tmp_path, sgp_target="walk", sgp_sampling_steps=(4, 2), sgp_joint=joint, guided=(True,), cd_solver="heun")
@@ -381,7 +392,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "conditional": {"prior": "diffusion", "cd_target_decay": 0.5, "guided": (True,)},
-    "walk": {"sgp_target": "walk", "sgp_joint": True, "methods": ("pd",), "guided": (True,), "class_conditional": True},
+    "walk": {"sgp_target": "walk", "prior": "kernel", "sgp_joint": True, "methods": ("pd",), "guided": (True,), "class_conditional": True},
     "data": {"sgp_target": "data", "methods": ("cd",), "guided": (True,)},
 }
 

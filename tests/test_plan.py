@@ -74,7 +74,15 @@ def recorded(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> tuple[pd.Se
         # Guided and plain, both methods, the conditional pair, a latent network, Heun's sampler.
         {"prior": "diffusion", "teacher_samplers": ["ddim", "heun"]},
         # A target network, Heun's teacher step, guidance by a mask that looks at the image.
-        {"methods": ["cd"], "guided": [True], "sgp_target": "walk", "cd_solver": "heun", "cd_target_decay": 0.9, "guidance_mask": "edge"},
+        {
+            "methods": ["cd"],
+            "guided": [True],
+            "sgp_target": "walk",
+            "prior": "kernel",
+            "cd_solver": "heun",
+            "cd_target_decay": 0.9,
+            "guidance_mask": "edge",
+        },
         # With one step the data target asks no teacher, with two it does. Labels, guidance in every stage.
         {"methods": ["pd"], "guided": [True], "sgp_target": "data", "sgp_sampling_steps": [1, 2], "class_conditional": True}
         | {"sgp_joint": True, "guidance_form": "x0", "guide_every_stage": True},

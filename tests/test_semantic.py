@@ -11,7 +11,7 @@ from sferd_lab.diffusion import HALF_PI, add_noise
 from sferd_lab.distill import DataTarget, denoising_target, distillation_loss
 from sferd_lab.errors import SferdError
 from sferd_lab.sample import sample
-from sferd_lab.semantic import DiffusionPrior, Encoder, LatentDenoiser, MixturePrior, SemanticDenoiser, semantic_info
+from sferd_lab.semantic import DiffusionPrior, Encoder, KernelPrior, LatentDenoiser, MixturePrior, SemanticDenoiser, semantic_info
 from sferd_lab.train import TrainSettings, draw_batch, train
 from sferd_lab.unet import UNet, UNetSettings
 
@@ -278,14 +278,14 @@ def test_a_latent_denoiser_nears_the_gaussians_exact_posterior_mean(latent):
         assert error < 0.1 * exact(x, phi).v.var()
 
 
-@pytest.mark.parametrize("kind", ["diffusion", "mixture"])
+@pytest.mark.parametrize("kind", ["diffusion", "mixture", "kernel"])
 def test_a_code_does_not_depend_on_the_codes_drawn_with_it(kind):
     torch.manual_seed(0)
     if kind == "diffusion":
         ones = torch.ones(3, dtype=torch.float64)
         prior = DiffusionPrior(LatentDenoiser(3, width=16, depth=2).double().requires_grad_(False), ones, ones, steps=3)
     else:
-        prior = two_modes()
+        prior = two_modes() if kind == "mixture" else KernelPrior(normal(5, 3, seed=1), 0.1)
     noise = normal(7, prior.noise_dim)
     together = prior.from_noise(noise)
     for row in range(7):
@@ -384,3 +384,57 @@ def test_components_must_be_one_to_the_number_of_codes(components):
 def test_a_mixture_prior_of_weights_that_do_not_sum_to_one_is_refused():
     with pytest.raises(SferdError, match="weights"):
         MixturePrior(torch.tensor([0.5, 0.4]), torch.zeros(2, 3), torch.eye(3).expand(2, 3, 3).clone())
+
+
+# ---- the kernel prior
+
+
+def test_the_kernel_prior_draws_every_training_code_equally_often():
+    # Evenly spaced quantiles of a normal for the number that picks, nothing for the others.
+    n, codes = 4000, normal(1000, 3)
+    quantiles = torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n)
+    drawn = KernelPrior(codes, 0.3).from_noise(torch.cat([quantiles[:, None], torch.zeros(n, 3, dtype=torch.float64)], 1))
+    assert torch.equal(drawn, codes.repeat_interleave(4, dim=0))
+
+
+def test_the_kernel_prior_adds_noise_of_its_bandwidth():
+    codes, n = 5 * normal(3, 2), 30_000
+    noise = normal(n, 3, seed=1)
+    drawn = KernelPrior(codes, 0.2).from_noise(noise)
+    own = codes[torch.cdist(drawn, codes).argmin(1)]
+    torch.testing.assert_close(drawn, own + 0.2 * noise[:, 1:])
+    # Scikit-learn's estimate of the same name has the same log density, up to what a finite sample leaves.
+    from sklearn.neighbors import KernelDensity
+
+    estimate = KernelDensity(bandwidth=0.2).fit(codes.numpy())
+    theirs = torch.from_numpy(estimate.score_samples(estimate.sample(n, random_state=0)))
+    mine = torch.from_numpy(estimate.score_samples(drawn.numpy()))
+    assert (mine.mean() - theirs.mean()).abs() < 4 * (mine.var() / n + theirs.var() / n).sqrt()
+
+
+@pytest.mark.parametrize("extreme", [-50.0, 50.0])
+def test_the_most_extreme_noise_still_picks_a_training_code(extreme):
+    codes = normal(4, 2)
+    drawn = KernelPrior(codes, 0.0).from_noise(torch.tensor([[extreme, 1.0, 1.0]], dtype=torch.float64))
+    assert torch.equal(drawn, codes[[0] if extreme < 0 else [3]])
+
+
+def test_in_single_precision_fifty_thousand_codes_are_all_within_reach():
+    codes = torch.arange(50_000.0)[:, None]
+    quantiles = torch.special.ndtri((torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000).float()
+    drawn = KernelPrior(codes, 0.0).from_noise(torch.stack([quantiles, torch.zeros(200_000)], 1))
+    assert len(drawn.unique()) == 50_000
+
+
+@pytest.mark.parametrize(
+    ("codes", "bandwidth"),
+    [((0, 2), 0.1), ((4,), 0.1), ((4, 2), -0.1), ((4, 2), math.inf), ((4, 2), math.nan)],
+)
+def test_a_kernel_prior_without_codes_or_with_an_impossible_bandwidth_is_refused(codes, bandwidth):
+    with pytest.raises(SferdError, match="kernel prior of codes"):
+        KernelPrior(torch.zeros(codes), bandwidth)
+
+
+def test_a_kernel_prior_of_codes_that_are_no_numbers_is_refused():
+    with pytest.raises(SferdError, match="finite codes"):
+        KernelPrior(torch.tensor([[0.0, math.nan]]), 0.1)

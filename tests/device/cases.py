@@ -24,7 +24,7 @@ from sferd_lab.experiment import Row, Run, as_student, on_codes, on_images
 from sferd_lab.guidance import FORMS, MASKS, GuidedDenoiser
 from sferd_lab.metrics import FeatureNetwork, accuracy, extract, train_feature_network
 from sferd_lab.sample import SAMPLERS, Prior, sample
-from sferd_lab.semantic import DiffusionPrior, LatentDenoiser, MixturePrior, SemanticDenoiser
+from sferd_lab.semantic import DiffusionPrior, KernelPrior, LatentDenoiser, MixturePrior, SemanticDenoiser
 from sferd_lab.train import MakeTarget, TrainSettings, train
 from sferd_lab.unet import UNet, UNetSettings
 
@@ -188,6 +188,10 @@ def mixture_prior() -> MixturePrior:
     return MixturePrior(torch.tensor([0.25, 0.75]), normal(2, Z_DIM), 0.5 * torch.eye(Z_DIM).repeat(2, 1, 1))
 
 
+def kernel_prior() -> KernelPrior:
+    return KernelPrior(normal(5, Z_DIM), 0.1)
+
+
 def diffusion_prior() -> DiffusionPrior:
     return DiffusionPrior(latent(), normal(Z_DIM), torch.full((Z_DIM,), 2.0), steps=2)
 
@@ -277,6 +281,7 @@ CASES: dict[str, Callable[[torch.device], Tensor]] = {
     **{f"sampler {method}": sampler(method) for method in SAMPLERS},
     "classifier-free guidance": classifier_free,
     "codes from a mixture": with_codes(mixture_prior),
+    "codes of training images, with noise": with_codes(kernel_prior),
     "codes from latent diffusion": with_codes(diffusion_prior),
     "guidance, every mask and form": guidance,
     "attention": attention,
