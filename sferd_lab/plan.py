@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pandas as pd
 import torch
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from sferd_lab.artifacts import shipped_folder
 from sferd_lab.config import Settings, make_settings, parse_literals
@@ -47,7 +48,7 @@ from sferd_lab.files import replacing
 from sferd_lab.sample import Prior, SampleNoise
 from sferd_lab.semantic import KernelPrior, MixturePrior, SemanticDenoiser
 from sferd_lab.train import MakeTarget, TrainSettings, train
-from sferd_lab.unet import UNet, UNetSettings
+from sferd_lab.unet import UNet, UNetSettings, set_gradient_checkpointing
 
 # Channels, classes, training and reference images of each data set, so that it need not be on this machine. What is in a folder of one's
 # own is not looked at: colour, ten classes and enough images are assumed.
@@ -167,12 +168,18 @@ _ATTENTION = {
 }
 
 
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
+    """The kernel of a CPU: by itself torch would take tensors without values another way.
+
+    It stands in for torch's function, since a mode would not reach into the backward pass, where checkpointed blocks are computed again.
+    """
+    return _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
+
+
 class _Shapes(TorchFunctionMode):
     """Lets the library run on tensors without values, where it would look at one."""
 
     def __torch_function__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is F.scaled_dot_product_attention:
-            return _aten._scaled_dot_product_flash_attention_for_cpu(*args)[0]  # by itself torch would take meta tensors another way
         if function in (Tensor.any, Tensor.all) and args[0].is_meta:
             return torch.tensor(function is Tensor.any)  # a mask marks something, but not everything
         if function is Tensor.cpu and args[0].is_meta:
@@ -181,15 +188,35 @@ class _Shapes(TorchFunctionMode):
 
 
 class _Meter(TorchDispatchMode):
-    """Follows the storages of tensors without values: how many bytes are held now, how many at most; and how many operations made one."""
+    """Counts FLOPs by torch's formulas and operations that make a tensor, and follows the storages of tensors without values: how many
+    bytes are held now, how many at most.
+
+    Not ``FlopCounterMode``: its hooks on modules hold on to what checkpointed blocks compute again, and the peak would be wrong.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.held = self.peak = self.operations = 0
+        self.held = self.peak = self.operations = self.flops = self.attention = 0
+        self.inside = False
         self.known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = function(*args, **(kwargs or {}))
+        kind, made, outermost = function._overloadpacket, NotImplemented, not self.inside
+        if kind not in _ATTENTION and kind not in flop_registry:
+            # In inference mode an operation may come whole that consists of others. Their FLOPs count, the tensors between them do not:
+            # a device has a kernel for the whole.
+            self.inside = True
+            with self:
+                made = function.decompose(*args, **(kwargs or {}))
+            self.inside = not outermost
+        if made is NotImplemented:
+            made = function(*args, **(kwargs or {}))
+        if kind in _ATTENTION:
+            self.attention += _ATTENTION[kind](*(part.shape for part in args if isinstance(part, Tensor)))
+        elif kind in flop_registry:
+            self.flops += flop_registry[kind](*args, **(kwargs or {}), out_val=made)
+        if not outermost:
+            return made
         storages = {leaf.untyped_storage() for leaf in tree_leaves(made) if isinstance(leaf, Tensor) and leaf.is_meta}
         fresh = [storage for storage in storages if storage not in self.known]
         self.operations += bool(fresh)
@@ -206,13 +233,12 @@ class _Meter(TorchDispatchMode):
 
 def count(first: Callable[[], Any], then: Callable[[Any], Any] | None = None) -> Work:
     """The work of ``first()``, and of ``then`` on its result, on tensors without values."""
-    with _Shapes(), FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter, _Meter() as meter:
+    with patch.object(F, "scaled_dot_product_attention", _fused_attention), _Shapes(), _Meter() as meter:
         result = first()
         kept = meter.held
         if then:
             then(result)
-    operations = counter.get_flop_counts().get("Global", {})
-    return Work(counter.get_total_flops(), sum(operations.get(name, 0) for name in _ATTENTION), meter.operations, meter.peak, kept)
+    return Work(meter.flops + meter.attention, meter.attention, meter.operations, meter.peak, kept)
 
 
 def _numbers(module: nn.Module | None, trained: bool = False) -> int:
@@ -235,7 +261,10 @@ def image_shape(settings: Settings) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class Stage:
-    """A line of the plan. Each of its ``repeats`` (updates, or batches of ``batch`` images) is an ``inference`` and an ``update`` part."""
+    """A line of the plan. Each of its ``repeats`` (updates, or batches of images) is an ``inference`` and an ``update`` part.
+
+    ``batch`` is how many images are in a pass; the work is that of all processes, of which ``at_once`` share it.
+    """
 
     name: str
     kind: str  # train, prior, sample
@@ -248,6 +277,7 @@ class Stage:
     copies: int = 0  # moving averages of the model
     others: int = 0  # parameters of the teacher
     streams: int = 0  # random streams of a batch of samples
+    at_once: int = 1
 
 
 class Plan(Run):
@@ -275,6 +305,11 @@ class Plan(Run):
         self._works: dict[str, tuple[Work, Work]] = {}
         with nullcontext() if settings.teacher_from else META:
             self._check_fit()
+        if settings.batch_size % (settings.processes * settings.accumulate):
+            raise SferdError(
+                f"batch_size = {settings.batch_size} in {settings.processes} processes x accumulate = {settings.accumulate} parts; "
+                "allowed: equal parts"
+            )
 
     def _images(self, number: int) -> Split:
         return Split(torch.empty(number, *self.shape, device=META), torch.empty(number, dtype=torch.long, device=META))
@@ -285,9 +320,12 @@ class Plan(Run):
         """Note what training the stage would take; its model, without values."""
         if name in self.models:
             return self.models[name]
-        training = TrainSettings(batch_size=self.settings.batch_size, **options)
+        settings = self.settings
+        parts = settings.processes * settings.accumulate
+        training = TrainSettings(batch_size=settings.batch_size // parts, **options)
         with META:
             model = build().train()
+        set_gradient_checkpointing(model, settings.gradient_checkpointing)
         teacher, trained = getattr(make_target, "teacher", None), _numbers(model, trained=True)
         inference, update = self._once(
             lambda: step_work(model, make_target, data, training),
@@ -295,9 +333,12 @@ class Plan(Run):
             *(type(make_target), getattr(make_target, "steps", 0) == 1, teacher, model, trained, data.images.shape[1:]),
         )
         self.stages[name] = Stage(
-            *(name, "train", training.batch_size, training.steps, _numbers(model), inference, update, trained),
+            *(name, "train", training.batch_size, training.steps, _numbers(model)),
+            *(Work().plus(part, parts) for part in (inference, update)),
+            trained,
             copies=2 if training.target_decay else 1,
             others=_numbers(teacher),
+            at_once=settings.processes,
         )
         return self._keep(name, model)
 
@@ -350,7 +391,9 @@ class Plan(Run):
         one, two = self._once(lambda: (steps(1), steps(2)), row.sampler, denoiser, prior, list(condition))
         work = one.plus(two.plus(one, -1), row.steps - 1)
         self.stages[row.label] = Stage(
-            *(row.label, "sample", batch, number / batch, _numbers(denoiser), work), streams=batch * (1 if prior is None else 2)
+            *(row.label, "sample", batch, number / batch, _numbers(denoiser), work),
+            streams=batch * (1 if prior is None else 2),
+            at_once=self.settings.processes,
         )
         return pd.DataFrame()
 
@@ -366,7 +409,7 @@ class Plan(Run):
 
 
 def step_work(model: Denoiser, make_target: MakeTarget, data: Split, training: TrainSettings) -> tuple[Work, Work]:
-    """Of one training step as in ``train``: the work of making its target, and of the model's forward and backward pass.
+    """Of one part of a training step as in ``train``: the work of making its target, and of the model's forward and backward pass.
 
     The second one's ``kept`` is what the forward pass leaves for the backward. Model and data are without values.
     """
@@ -395,13 +438,18 @@ def plan(settings: Settings, device: Device | str = "here", efficiency: float = 
     - ``gflop``: of one update, its target included, or of one image sampled. ``tflop``, ``attention_tflop``: of the stage, the sum apart
       from and in fused attention. The first is what ``stages.csv`` and ``metrics.csv`` of a run on a CPU hold: torch's counter passes over
       that kernel there. Not counted: element by element operations, the optimiser, scores, codes of real images to sample with.
-    - in GB (10^9 bytes), without mixed precision: ``weights``, the teacher's included, ``gradients``, ``optimiser`` state, ``averages``,
-      ``activations``: the most that a pass holds beside them, above all what the forward leaves for the backward. ``memory`` is the sum,
-      without the images of the data set and what a library needs for itself; ``fits`` says whether the device has as much.
-    - ``hours``: by FLOPs alone; "here" also by operations and, for samples, by random streams.
+    - in GB (10^9 bytes), of each process, without mixed precision (which takes less): ``weights``, the teacher's included, ``gradients``,
+      ``optimiser`` state, ``averages``, ``activations``: the most that a pass holds beside them, above all what the forward leaves for the
+      backward. ``memory`` is the sum, without the images of the data set and what a library needs for itself, as the buckets in which
+      several processes exchange gradients; ``fits`` says whether the device has as much.
+    - ``hours``: by FLOPs alone; "here" also by operations and, for samples, by random streams. With ``processes`` each is on a device of
+      its own, and the exchange of gradients is free.
 
-    Raises SferdError for an unknown device or efficiency, and where ``Run`` would.
+    ``accumulate`` and ``gradient_checkpointing`` are counted as they are trained: smaller passes, and blocks computed twice. Raises
+    SferdError for an unknown device or efficiency, for several processes "here" without an accelerator, and where ``Run`` would.
     """
+    if device == "here" and settings.processes > 1 and _where(settings).type == "cpu":
+        raise SferdError(f"processes = {settings.processes} with device = here, whose cores they share; allowed: 1, or a named device")
     if isinstance(device, str):
         device = calibrate(settings) if device == "here" else accelerator(device, settings.precision, efficiency)
     return pd.DataFrame([_line(stage, device) for stage in planned_stages(settings).values()])
@@ -443,7 +491,7 @@ def _line(stage: Stage, device: Device) -> dict[str, Any]:
         **{name: size / 1e9 for name, size in memory.items()},
         "memory": sum(memory.values()) / 1e9,
         "fits": sum(memory.values()) <= device.memory,
-        "hours": stage.repeats * device.seconds(stage) / 3600,
+        "hours": stage.repeats * device.seconds(stage) / stage.at_once / 3600,
     }
 
 
@@ -626,7 +674,8 @@ def main(arguments: list[str]) -> None:
     total = table.groupby("kind", sort=False)["hours"].sum()
     words = ", ".join(f"{hours:.3g} h to {kind}" for kind, hours in total.items())
     how = "timed here" if device == "here" else f"{device} at {efficiency:.0%} of its peak, an assumption that no run has checked"
-    sys.stdout.write(f"{text}\n\n{words}; {table['memory'].max():.3g} GB at most. {how}. Scores are not counted.\n")
+    devices = f" on {settings.processes} devices each" if settings.processes > 1 else ""
+    sys.stdout.write(f"{text}\n\n{words}{devices}; {table['memory'].max():.3g} GB at most. {how}. Scores are not counted.\n")
 
 
 if __name__ == "__main__":

@@ -73,16 +73,9 @@ def recorded(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> tuple[pd.Se
     [
         # Guided and plain, both methods, the conditional pair, a latent network, Heun's sampler.
         {"prior": "diffusion", "teacher_samplers": ["ddim", "heun"]},
-        # A target network, Heun's teacher step, guidance by a mask that looks at the image.
-        {
-            "methods": ["cd"],
-            "guided": [True],
-            "sgp_target": "walk",
-            "prior": "kernel",
-            "cd_solver": "heun",
-            "cd_target_decay": 0.9,
-            "guidance_mask": "edge",
-        },
+        # A target network, Heun's teacher step, guidance by a mask that looks at the image, batches in parts, blocks computed twice.
+        {"methods": ["cd"], "guided": [True], "sgp_target": "walk", "prior": "kernel", "cd_solver": "heun", "cd_target_decay": 0.9}
+        | {"guidance_mask": "edge", "accumulate": 2, "gradient_checkpointing": True},
         # With one step the data target asks no teacher, with two it does. Labels, guidance in every stage.
         {"methods": ["pd"], "guided": [True], "sgp_target": "data", "sgp_sampling_steps": [1, 2], "class_conditional": True}
         | {"sgp_joint": True, "guidance_form": "x0", "guide_every_stage": True},
@@ -182,9 +175,10 @@ def test_bytes_are_counted_once_a_storage_and_given_back() -> None:
     assert work.operations == 3
 
 
-def test_memory_is_what_real_steps_take_at_their_peak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("saving", [{}, {"accumulate": 2, "gradient_checkpointing": True}], ids=["plain", "saving"])
+def test_memory_is_what_real_steps_take_at_their_peak(saving: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     size = 32
-    given = {"widths": [16, 32], "batch_size": size, "methods": ["cd"], "guided": [False], "cd_target_decay": 0.9}
+    given = {"widths": [16, 32], "batch_size": size, "methods": ["cd"], "guided": [False], "cd_target_decay": 0.9, **saving}
     settings = make("mixture", image_size=16, run_folder=str(tmp_path / "run"), **given)
     lines = plan(settings, "A100").set_index("stage")
     measured: dict[str, float] = {}
@@ -200,7 +194,7 @@ def test_memory_is_what_real_steps_take_at_their_peak(tmp_path: Path, monkeypatc
         return max(totals) - (totals[0] - events[0]["args"]["Bytes"])  # the total goes on from one profile to the next
 
     def measure(run: Run, name: str, build: Callable[[], Any], target: Any, data: Any, seed_of: str | None = None, **options: Any) -> Any:
-        training = TrainSettings(**{**options, "steps": 2, "batch_size": size, "device": "cpu"})
+        training = TrainSettings(**{**options, "steps": 2, "batch_size": size, "device": "cpu", **saving})
         measured.setdefault(name, peak(build, target, data, training))
         return build().eval().requires_grad_(False)
 
@@ -237,6 +231,30 @@ def test_hours_are_flops_over_the_assumed_share_of_the_peak() -> None:
     assert hours(precision="tf32") == pytest.approx(seconds(sheet.tf32, sheet.tf32) / 3600)
     # Mixed precision is the student's alone.
     assert hours(precision="bf16") == pytest.approx(seconds(sheet.tf32, sheet.bf16) / 3600)
+
+
+def test_work_does_not_depend_on_the_parts_and_processes_share_the_hours() -> None:
+    given = {"methods": ["pd"], "guided": [False], "batch_size": 24, "n_samples": 96, "sampling_batch": 12}
+    whole, parts, shared = (plan(make(**given, **how), "A100").set_index("stage") for how in ({}, {"accumulate": 4}, {"processes": 4}))
+    trained, drawn = whole["kind"] == "train", whole["kind"] == "sample"
+    for other in (parts, shared):
+        assert other.index.tolist() == whole.index.tolist()
+        assert other["tflop"].tolist() == pytest.approx(whole["tflop"].tolist())
+        assert (other["batch"][trained] == 6).all()  # 24 in 4
+        assert (other["activations"][trained] < 0.3 * whole["activations"][trained]).all()
+    assert parts["hours"].tolist() == pytest.approx(whole["hours"].tolist())
+    # Four devices work at once, but each of them encodes all training images, and tries the codes of all held-out ones.
+    alike = whole.index.str.contains("code errors") | (whole["kind"] == "prior")
+    for rows, devices in ((trained, 4), (drawn & ~alike, 4), (alike, 1)):
+        assert rows.any()
+        assert shared["hours"][rows].tolist() == pytest.approx((whole["hours"][rows] / devices).tolist())
+
+
+def test_what_cannot_be_parted_or_timed_is_refused() -> None:
+    with pytest.raises(SferdError, match="batch_size = 8 in 2 processes x accumulate = 3 parts; allowed: equal parts"):
+        plan(make(batch_size=8, processes=2, accumulate=3), "A100")
+    with pytest.raises(SferdError, match="processes = 2 with device = here, whose cores they share; allowed: 1, or a named device"):
+        plan(make(processes=2, device="cpu"))
 
 
 @pytest.mark.parametrize("name", ACCELERATORS)
