@@ -9,7 +9,7 @@ A sweep is a YAML file. Every combination of the values under ``grid`` is a run,
 ``python -m sferd_lab.sweep sweep.yaml FOLDER [workers=2] [scheduler=tcp://127.0.0.1:8786] [retries=1] [time_limit=7200]`` runs it: on
 processes of this machine, or on the workers of any Dask scheduler, which must see FOLDER under the same path and have this package. The
 same command again, after an interruption or with more values, runs what is missing. Exit status: 0 when all runs are done, 1 when one
-failed, 2 when the sweep is refused.
+failed, 2 when the sweep is refused, 130 when it was interrupted (Ctrl-C).
 
 A run's folder, ``FOLDER/seed=1,guidance_weight=0.1/``, is the notebook's ``run_folder``. It holds ``run.json`` (what the run is),
 ``executed.ipynb`` (of a failed run too), ``run.log`` and, written last, ``done.json`` or ``failed.json``: the one file that says that a run
@@ -210,6 +210,9 @@ def main(arguments: list[str]) -> int:
     except SferdError as error:
         sys.stderr.write(f"{error}\n")
         return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command goes on\n")
+        return 130  # as a shell has it
     sys.stdout.write(f"{runs.to_string(index=False, float_format='{:.4g}'.format, na_rep='')}\n")
     return int((runs["state"] != "done").any())
 

@@ -455,3 +455,29 @@ def test_a_run_over_its_time_limit_is_ended_with_its_kernel(cluster: Cluster, tm
     assert runs[["state", "attempts", "error"]].to_numpy().tolist() == [["failed", 1, "not finished after 4 s, the time_limit"]]
     kernel = started(tmp_path / "out" / "text=a")
     assert kernel is None or not psutil.pid_exists(kernel)
+
+
+def test_a_sweep_that_is_interrupted_takes_its_runs_with_it_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    notebook = make_notebook(tmp_path / "notebook.ipynb", NOTE, WAIT, FINISH)
+    (tmp_path / "sweep.yaml").write_text(f"notebook: {notebook}\ngrid: {{text: [a]}}\n")
+    command = [sys.executable, "-m", "sferd_lab.sweep", "sweep.yaml", "out", "workers=1", "retries=1"]
+    run = tmp_path / "out" / "text=a"
+    with (tmp_path / "log").open("w") as log:
+        sweep = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
+        try:
+            kernel = wait_until(lambda: started(run) or sweep.poll() is not None)
+            assert sweep.poll() is None, (tmp_path / "log").read_text()
+            family = psutil.Process(sweep.pid).children(recursive=True)
+            assert kernel in {process.pid for process in family}
+            os.killpg(sweep.pid, signal.SIGINT)  # what a terminal sends to all of them
+            assert sweep.wait(PATIENCE) == 130
+            wait_until(lambda: not any(process.is_running() for process in family))
+        finally:
+            sweep.kill()
+    assert "the same command goes on" in (tmp_path / "log").read_text()
+    assert notes(run) == ["started"]
+    assert not (run / "done.json").exists()
+    (tmp_path / "out" / "go").touch()
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "done" in again.stdout
+    assert notes(run) == ["started", "started", "completed"]
