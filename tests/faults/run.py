@@ -5,8 +5,9 @@
 Six cases: the ones of ``FORKED`` are calls on a run folder, each in a process forked from this one, which has imported everything and
 computed nothing: so a kill costs a second and not the imports. Those of ``COMMANDS`` are the commands themselves. A kill is SIGKILL for
 the whole process tree, at a moment drawn uniformly from the time that the undisturbed run takes (a command's from its config.json on);
-where the run is faster than its moment, that is not counted and another one is drawn. Killing inside the writing of a checkpoint, the
-moment is drawn from the time that a write takes, from its beginning on.
+where the run is faster than its moment, that is not counted and another one is drawn. A checkpoint's write takes milliseconds, which no
+other process can aim at: there the kernel ends the process, by a timer that the process itself has set as it began to write (SIGALRM, as
+deadly as SIGKILL while nobody handles it), after a time drawn from that of a write.
 
 After a kill every file must be whole. Then the same call must end well and leave the reference's weights, samples, ``training.csv`` and
 ``metrics.csv`` (of a sweep also ``table.csv``), without the rows of ``sampling_ms_per_image``; ``stages.csv``, a record of time, and
@@ -22,6 +23,7 @@ import importlib
 import json
 import os
 import shutil
+import signal
 import statistics
 import sys
 import time
@@ -112,11 +114,13 @@ COMMANDS = {"experiment notebook": notebook, "sweep": sweep}
 
 
 class Call:
-    """A case's call in ``folder``, running: forked, or a command."""
+    """A case's call in ``folder``, running: forked, or a command. ``aim``: it ends so many seconds after the start of its write number."""
 
-    def __init__(self, case: str, folder: Path) -> None:
+    def __init__(self, case: str, folder: Path, aim: tuple[int, float] | None = None) -> None:
         self.folder, self.log = folder, folder.with_suffix(".log")
-        self.marks, self.started = -1, time.monotonic()
+        self.marks = -1
+        # For each write of a checkpoint the seconds that it took, "" for one that was begun and not finished; known at the end.
+        self.writes: list[str] = []
         folder.mkdir(exist_ok=True)
         if case in COMMANDS:
             with self.log.open("ab") as log:
@@ -124,15 +128,16 @@ class Call:
             return
         self.marks, end = os.pipe()
         if (pid := os.fork()) == 0:
-            _child(FORKED[case][0], folder, self.log, end)
+            _child(FORKED[case][0], folder, self.log, end, aim)
         os.close(end)
         self.process = psutil.Process(pid)
 
     def wait(self) -> int:
-        """The exit status. Raises psutil.TimeoutExpired."""
+        """The exit status, negative for a signal's. Raises psutil.TimeoutExpired."""
         status = self.process.wait(TIMEOUT)
         if self.marks >= 0:
-            os.close(self.marks)
+            with os.fdopen(self.marks) as marks:
+                self.writes = marks.read().split("(")[1:]
         return status
 
     def ended_within(self, seconds: float) -> bool:
@@ -150,7 +155,11 @@ class Call:
         return True
 
     def kill(self) -> None:
-        """SIGKILL to the whole tree: stopped first, so that none starts another meanwhile."""
+        """SIGKILL to the whole tree; a command's is stopped first, so that none starts another meanwhile."""
+        if self.marks >= 0:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            return
         tree: list[psutil.Process] = []
         while True:
             with suppress(psutil.NoSuchProcess):
@@ -168,18 +177,10 @@ class Call:
                 process.kill()
         psutil.wait_procs(tree, timeout=30)
 
-    def read_marks(self) -> str:
-        """Brackets that the child wrote around its writes of checkpoints; all of them once it is dead."""
-        marks = b""
-        while part := os.read(self.marks, 1000):
-            marks += part
-        os.close(self.marks)
-        return marks.decode()
 
-
-def _child(work: Callable[[Path], None], folder: Path, log: Path, marks: int) -> None:
+def _child(work: Callable[[Path], None], folder: Path, log: Path, marks: int, aim: tuple[int, float] | None) -> None:
     """What a forked process does, and no more."""
-    status = 1
+    status, count = 1, 0
     try:
         os.setsid()
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -188,9 +189,14 @@ def _child(work: Callable[[Path], None], folder: Path, log: Path, marks: int) ->
         save = training.save_checkpoint
 
         def marked(*arguments: object) -> None:
+            nonlocal count
+            count += 1
             os.write(marks, b"(")
+            if aim is not None and aim[0] == count:
+                signal.setitimer(signal.ITIMER_REAL, aim[1])
+            began = time.monotonic()
             save(*arguments)
-            os.write(marks, b")")
+            os.write(marks, f"{time.monotonic() - began:.6f}".encode())
 
         training.save_checkpoint = marked
         work(folder)
@@ -265,52 +271,36 @@ class Trials:
         if case in COMMANDS and not call.has_begun():
             raise RuntimeError(f"{case} did not begin: {call.log.read_text(errors='replace')[-2000:]}")
         started = time.monotonic()
-        writes = self._time_writes(call) if case == "checkpoint write" else []
         self._end(call)
         self.seconds = time.monotonic() - started
-        self.write_seconds = statistics.median(writes) if writes else 0.0
-        self.writes = len(writes)
+        self.writes = [float(seconds) for seconds in call.writes]
         self.reference = contents(call.folder)
         self.tally: Counter[str] = Counter()
 
-    def _start(self, name: str) -> Call:
+    def _start(self, name: str, aim: tuple[int, float] | None = None) -> Call:
         folder = self.scratch / name
         if self.prepared is not None and not folder.exists():
             shutil.copytree(self.prepared, folder)
-        return Call(self.case, folder)
+        return Call(self.case, folder, aim)
 
     @staticmethod
     def _end(call: Call) -> None:
         if status := call.wait():
             raise RuntimeError(f"an undisturbed call ended with {status}: {call.log.read_text(errors='replace')[-2000:]}")
 
-    @staticmethod
-    def _time_writes(call: Call) -> list[float]:
-        """Seconds that each write of a checkpoint takes."""
-        seconds, began = [], 0.0
-        while mark := os.read(call.marks, 1):
-            if mark == b"(":
-                began = time.monotonic()
-            else:
-                seconds.append(time.monotonic() - began)
-        return seconds
-
     def kill_one(self, number: int) -> None:
         """Start in a fresh folder, kill, start again, compare; nothing is counted if it ended before its moment."""
-        call = self._start(f"trial-{number}")
         if self.case == "checkpoint write":
-            for _ in range(2 * int(self.random.integers(self.writes)) + 1):
-                os.read(call.marks, 1)
-            ended = call.ended_within(self.random.uniform(0, self.write_seconds))
+            aim = (int(self.random.integers(len(self.writes))) + 1, self.random.uniform(1e-6, statistics.median(self.writes)))
+            call = self._start(f"trial-{number}", aim)
         else:
-            moment = self.random.uniform(0, self.seconds)
-            ended = (self.case in COMMANDS and not call.has_begun()) or call.ended_within(moment)
-        if ended:
-            if call.marks >= 0:
-                os.close(call.marks)
+            call = self._start(f"trial-{number}")
+            if self.case in FORKED or call.has_begun():
+                call.ended_within(self.random.uniform(0, self.seconds))
+            call.kill()
+        if call.wait() not in (-signal.SIGKILL, -signal.SIGALRM):
             return
-        call.kill()
-        inside = call.marks >= 0 and call.read_marks().endswith("(")
+        inside = call.writes[-1:] == [""]
         damage, finished = half_written(call.folder), stamps(call.folder)
         waiting = any(call.folder.rglob("checkpoints/*.safetensors"))
         again = self._start(f"trial-{number}")
