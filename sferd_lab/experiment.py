@@ -4,6 +4,9 @@ A run is a folder: ``config.json`` (settings, versions, commit, hardware), ``wei
 way, ``training.csv`` (a loss a row), ``metrics.csv`` (a number a row), ``samples/`` (the first images behind each score) and ``figures/``.
 Every step looks into the folder first: what is finished is read, what is not is done or continued. So the same call after an interruption
 goes on where it stopped, and ends with the same weights.
+
+One process works in a folder (``files.FolderLock``): from the first thing that it has to train or to score until its ``Run`` is gone or it
+ends. Any number of others may read what is finished there.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ from sferd_lab.denoiser import ClassifierFree, Denoiser, NetworkDenoiser
 from sferd_lab.diffusion import add_noise
 from sferd_lab.distill import Batch, ConsistencyTarget, DataTarget, ProgressiveTarget, denoising_target, halving_schedule, on_labels
 from sferd_lab.errors import SferdError
-from sferd_lab.files import load_tensors, project_folder, read_json, replacing, save_tensors, write_json
+from sferd_lab.files import FolderLock, leave, load_tensors, project_folder, read_json, replacing, save_tensors, work_in, write_json
 from sferd_lab.guidance import GuidedDenoiser, default_layer, gaussian_blur
 from sferd_lab.metrics import METRICS, Scorer, known_bad, load_feature_network, save_feature_network, train_feature_network
 from sferd_lab.sample import Prior, SampleNoise, Samples, sample
@@ -105,7 +108,10 @@ def provenance() -> dict[str, Any]:
 
 
 class Run:
-    """An experiment in its folder. Raises SferdError, before anything is trained, for settings that do not fit the data or the folder."""
+    """An experiment in its folder. Raises SferdError, before anything is trained, for settings that do not fit the data or the folder.
+
+    What has something to train or to write raises it, too, when another process is working in the folder, and when the folder was removed.
+    """
 
     def __init__(self, settings: Settings, progress: bool = True) -> None:
         self.settings, self.progress = settings, progress
@@ -122,6 +128,7 @@ class Run:
         self.unet = UNetSettings(self.shape[0], settings.widths, settings.blocks, settings.attention, settings.heads, classes)
         split = self.data.train if settings.bootstrap is None else bootstrap(self.data.train, settings.bootstrap)
         self.train_split = Split(split.images, split.labels if classes else None)
+        self._lock: FolderLock | None = None
         self._check_fit()
         self._claim_folder()
 
@@ -169,9 +176,16 @@ class Run:
     def _claim_folder(self) -> None:
         """Write ``config.json``, or refuse a folder that holds another run. How many processes share the work may change on the way."""
         path = self.folder / "config.json"
-        mine = json.loads(self.settings.model_copy(update={"run_folder": None, "processes": 1}).model_dump_json())
         if not self._is_there(path):
-            processes.once(lambda: write_json(path, {"settings": mine, "made_with": provenance()}))
+            processes.once(lambda: write_json(path, {"settings": self._kept_settings(), "made_with": provenance()}))
+        self._compare_settings()
+
+    def _kept_settings(self) -> dict[str, Any]:
+        return json.loads(self.settings.model_copy(update={"run_folder": None, "processes": 1}).model_dump_json())
+
+    def _compare_settings(self) -> None:
+        path = self.folder / "config.json"
+        mine = self._kept_settings()
         theirs = read_json(path).get("settings", {})
         for name in sorted(mine.keys() | theirs.keys()):
             if mine.get(name) != theirs.get(name):
@@ -179,6 +193,24 @@ class Run:
                     f"run folder {self.folder} was made with {name} = {theirs.get(name)}, these settings have {mine.get(name)}; "
                     "allowed: the same settings, or another run_folder"
                 )
+
+    def _work(self) -> None:
+        """Have the folder to oneself from here on; called by all processes before anything there is made, and again before it is written.
+
+        Raises SferdError when another process has it, and when it was removed meanwhile.
+        """
+
+        def take() -> None:
+            if self._lock is None or not self._lock.held:
+                self._lock = work_in(self.folder)
+                self._compare_settings()  # of two that began at once in a new folder, one has overwritten the other's
+                # What a killed process was writing: nobody else can be writing now.
+                for pattern in ("weights/.*.tmp", "checkpoints/.*.tmp", "samples/.*.tmp", ".*.csv.*.tmp"):
+                    for left in self.folder.glob(pattern):
+                        left.unlink()
+            self._lock.check()
+
+        processes.once(take)
 
     # Stages -------------------------------------------------------------------------------------------------------------
 
@@ -189,6 +221,7 @@ class Run:
         path = self.folder / "weights" / f"{name}.safetensors"
         if self._is_there(path):
             return load_model(path)[0].to(self.device)
+        self._work()
         settings = self.settings
         options = {"ema_decay": settings.ema_decay} | options
         training = TrainSettings(
@@ -212,6 +245,8 @@ class Run:
                 if state.step % 20 == 0:
                     bar.set_postfix(loss=f"{state.losses[-20:].mean():.4f}")
         cost = {"seconds": time.perf_counter() - started, "tflop": flops / 1e12}
+
+        self._work()
 
         def keep() -> None:
             losses = pd.DataFrame({"stage": name, "step": range(1, training.steps + 1), "loss": state.losses.numpy()})
@@ -241,6 +276,7 @@ class Run:
         settings, path = self.settings, self.folder / "weights" / "teacher.safetensors"
         shipped = shipped_folder() / self.data.name / "teacher.safetensors"
         if not self._is_there(path):
+            self._work()
             if settings.teacher_from:
                 found = self.foreign_teacher()
                 processes.once(lambda: self._save(path, found, {"stage": "teacher", "teacher_from": settings.teacher_from}))
@@ -397,6 +433,7 @@ class Run:
         path = self.folder / "weights" / f"{name}-prior.safetensors"
         if self._is_there(path):
             return load_model(path)[0].to(self.device)
+        self._work()
         settings, codes = self.settings, self.codes(model, self.train_split.images).clone()
         about = {"stage": f"{name}-prior"}
         if settings.prior == "diffusion":
@@ -436,6 +473,7 @@ class Run:
             if split.labels is None:
                 raise SferdError(f"{self.data.name} has no labels to train a feature network on; allowed: data sets with labels")
             if not self._is_there(path):
+                self._work()
                 about = {"data": self.data.name}
                 processes.once(
                     lambda: save_feature_network(path, train_feature_network(split.images, split.labels, self.data.classes), about)
@@ -490,6 +528,7 @@ class Run:
         known = self._known(row)
         if known is not None:
             return known
+        self._work()
         started = time.perf_counter()
         samples = self.draw(row, denoiser, None, prior, **condition)
         processes.wait()
@@ -532,7 +571,10 @@ class Run:
         for name, (images, _) in bad.items():
             row = Row(name)
             known, own = self._known(row), images[self.share.start : self.share.stop]
-            frames.append(self._record(row, own, {}) if known is None else known)
+            if known is None:
+                self._work()
+                known = self._record(row, own, {})
+            frames.append(known)
         return pd.concat(frames, ignore_index=True)
 
     def code_errors(self, row: Row, model: SemanticDenoiser, prior: Prior) -> pd.DataFrame:
@@ -544,6 +586,7 @@ class Run:
         known = self._known(row)
         if known is not None:
             return known
+        self._work()
         images = self.data.reference.images
         own = self.codes(model, images)
         shuffled = own.roll(1, dims=0)
@@ -559,6 +602,7 @@ class Run:
                 total[name] += float((predicted - part).square().mean(dim=(1, 2, 3)).sum())
             first += len(part)
         values = {f"reconstruction_mse_{name}": error / len(images) for name, error in total.items()}
+        self._work()
         processes.once(lambda: self._append_rows(row, values))
         return self._known(row)
 
@@ -586,6 +630,7 @@ class Run:
             ]
             self._append_rows(row, extra, scores)
 
+        self._work()
         processes.once(keep)
         return self._known(row)
 
@@ -698,7 +743,8 @@ class Run:
 def launch(settings: Settings) -> None:
     """Do the whole experiment in ``processes`` new processes on this machine, if that is more than one: a notebook then finds it done."""
     if settings.processes > 1:
-        Run(settings, progress=False)  # what does not fit is refused here, in words
+        run = Run(settings, progress=False)  # what does not fit is refused here, in words
+        leave(run.folder)  # an earlier cell's run may have worked there
         processes.launch(_work, (settings,), settings.processes)
 
 

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and read without ever running code from them.
+"""Files that are written whole or not at all, and read without ever running code from them; and folders that one process works in.
 
 Tensors live in safetensors files whose one metadata entry, ``sferd_lab``, is a JSON object that says what they are. Nothing here
 or elsewhere in the package loads a pickle.
@@ -6,15 +6,20 @@ or elsewhere in the package loads a pickle.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import platform
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
+from filelock import FileLock, SoftFileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -22,24 +27,139 @@ from torch import Tensor
 from sferd_lab.errors import SferdError
 
 METADATA_KEY = "sferd_lab"
+# What a system call answers where the file system has no locks.
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
 @contextmanager
 def replacing(path: Path | str) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place when the block ends well, and is removed when it does not."""
+    """A temporary path beside ``path`` that takes its place when the block ends well, and is removed when it does not.
+
+    Raises SferdError, with what is free there, when the disk is full or the folder cannot be written to: what was there stays as it was.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
     try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        finally:
+            # A disk that has become unwritable keeps it; an error of this line would hide why.
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno is None:  # not the system's
+            raise
+        raise SferdError(f"cannot write {path}: {error.strerror}{_free(path)}; what was there before is as it was") from error
+
+
+def _free(path: Path) -> str:
+    """How much room there is for ``path``, as the end of a sentence."""
+    folder = next((parent for parent in path.absolute().parents if parent.is_dir()), None)
+    return f" ({shutil.disk_usage(folder).free / 2**20:,.1f} MiB free in {folder})" if folder else ""
+
+
+class FolderLock:
+    """While it lives no other process can have one on ``folder``: made by ``work_in``, and gone with its last user or with the process.
+
+    The lock is the operating system's, so one whose process has died is free. Raises SferdError when another process has it, naming that
+    one, and where the file system has no locks.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path, owner = folder, folder / ".working.lock", folder / ".working.json"
+        # Not a lock of this thread alone: the others of this process work with it too.
+        self._lock = FileLock(self.path, thread_local=False)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            raise SferdError(
+                f"{_name_of(owner)} is working in {folder}; allowed: one process at a time. Wait until it has ended, end it (if it is a "
+                "notebook's, shut its kernel down), or take another run_folder"
+            ) from None
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+                raise SferdError(f"cannot write {self.path}: {error.strerror}{_free(self.path)}; allowed: a folder to write to") from error
+            raise _no_locks(folder) from error
+        if isinstance(self._lock, SoftFileLock):  # filelock's way out, a file that would outlive its process
+            self._lock.release()
+            raise _no_locks(folder)
+        self._identity = self._found()
+        write_json(owner, {"pid": os.getpid(), "host": platform.node()})
+
+    @property
+    def held(self) -> bool:
+        """Whether this process has it: not after ``leave``, and not in a process forked from the one that made it."""
+        return self._lock.is_locked
+
+    @property
+    def gone(self) -> bool:
+        """Whether the folder was removed, or its lock, since this was made."""
+        return self._found() != self._identity
+
+    def check(self) -> None:
+        """Raise SferdError if it is gone."""
+        if self.gone:
+            raise SferdError(
+                f"{self.folder} was removed or replaced while process {os.getpid()} was working in it: what was there is lost, and nothing "
+                "more is written. Start the run again, there or in another run_folder"
+            )
+
+    def release(self) -> None:
+        """Let others work in the folder."""
+        self._lock.release(force=True)
+
+    def _found(self) -> tuple[int, int] | None:
+        try:
+            found = self.path.stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+
+# Those of this process, by process too: a forked one inherits the table, but not the locks.
+_locks: WeakValueDictionary[tuple[int, Path], FolderLock] = WeakValueDictionary()
+
+
+def work_in(folder: Path | str) -> FolderLock:
+    """The lock on ``folder``, this process's own if it has one already: keep it for as long as you work there.
+
+    Raises SferdError when another process works there, and when the file system has no locks.
+    """
+    key = (os.getpid(), Path(folder).resolve())
+    lock = _locks.get(key)
+    if lock is None or lock.gone:
+        lock = _locks[key] = FolderLock(key[1])
+    return lock
+
+
+def leave(folder: Path | str) -> None:
+    """Give up this process's lock on ``folder``, if it has one: for processes of its own that are to work there."""
+    lock = _locks.pop((os.getpid(), Path(folder).resolve()), None)
+    if lock is not None:
+        lock.release()
+
+
+def _name_of(owner: Path) -> str:
+    try:
+        record = read_json(owner)
+        return f"process {record['pid']} on {record['host']}"
+    except (SferdError, KeyError, TypeError):  # it has only just begun
+        return "another process"
+
+
+def _no_locks(folder: Path) -> SferdError:
+    return SferdError(
+        f"the file system of {folder} has no locks, so two processes could spoil each other's work there; allowed: a run_folder on a local "
+        "disk, or on a network's with its lock service"
+    )
 
 
 def write_text(path: Path | str, text: str) -> None:

@@ -52,10 +52,33 @@ def wait() -> None:
 
 
 def once(work: Callable[[], object]) -> None:
-    """Have the first process do ``work`` while the others wait for it."""
-    if rank() == 0:
+    """Have the first process do ``work`` while the others wait for it. If it fails, all do: the others with SferdError and its words."""
+    if count() == 1:
         work()
-    wait()
+        return
+    failure: Exception | None = None
+    if rank() == 0:
+        try:
+            work()
+        except Exception as error:  # whatever it is, the others wait to be told
+            failure = error
+    words = _from_the_first("" if failure is None else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    if words:
+        raise SferdError(f"the first of {count()} processes failed: {words}")
+
+
+def _from_the_first(text: str) -> str:
+    """The first process's ``text``, as far as 1,000 bytes hold it, in all processes."""
+    # As numbers: torch's own way to send objects is pickle.
+    told = torch.zeros(1000, dtype=torch.uint8)
+    spelled = torch.tensor(list(text.encode()[: len(told)]), dtype=torch.uint8)
+    told[: len(spelled)] = spelled
+    if "gloo" not in dist.get_backend():
+        told = told.to(torch.accelerator.current_accelerator())
+    dist.broadcast(told, src=0)
+    return bytes(told.tolist()).rstrip(b"\0").decode(errors="replace")
 
 
 def share(n: int, unit: int) -> range:

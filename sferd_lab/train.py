@@ -166,7 +166,7 @@ def train(
     rewritten every ``checkpoint_every`` steps and at the end. Devices, precision and processes are ``accelerate``'s: each of several
     processes takes its part of the same batch, so their number changes rounding only. Raises SferdError when there is nothing to train,
     when a batch cannot be parted, when the checkpoint was made with other settings, and, naming the step, when the loss stops being
-    finite.
+    finite, or when a checkpoint cannot be written.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
@@ -208,6 +208,8 @@ def train(
     parts: dict[str, nn.Module] = {"model": model, "ema": ema} | ({"target": target} if target else {})
     losses = torch.zeros(settings.steps, dtype=torch.float64)
     steering = Steering(optimizer, scheduler, accelerator.scaler)
+    if checkpoint:
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
     step = load_checkpoint(checkpoint, parts, steering, settings, losses) if checkpoint and checkpoint.exists() else 0
     # A shallow copy, same tensors: for mixed precision accelerate overwrites `forward`, which would outlive the training.
     prepared, prepared_optimizer = accelerator.prepare(copy.copy(model), optimizer)
@@ -267,7 +269,12 @@ class Steering:
 
 
 def save_checkpoint(path: Path, parts: dict[str, nn.Module], steering: Steering, settings: TrainSettings, losses: Tensor) -> None:
-    """Write weights, averages, optimiser, scheduler, random state, settings and losses so far to one safetensors file, atomically."""
+    """Write weights, averages, optimiser, scheduler, random state, settings and losses so far to one safetensors file, atomically.
+
+    Raises SferdError when its folder is not there any more, or cannot be written to.
+    """
+    if not path.parent.is_dir():
+        raise SferdError(f"{path.parent} was removed during the training, and its checkpoints with it: start the run again")
     optimizer, scheduler, step = steering.optimizer, steering.scheduler, len(losses)
     tensors = {f"{part}.{name}": tensor for part, module in parts.items() for name, tensor in module.state_dict().items()}
     optimizer_state = optimizer.state_dict()

@@ -27,7 +27,8 @@ from sferd_lab.errors import SferdError
 class AttentionMap:
     """What one self-attention layer looked at: ``weights`` (B, heads, queries, keys), rows over keys sum to 1.
 
-    Queries and keys are the ``height`` x ``width`` positions of the layer's own feature map, row by row.
+    Queries and keys are the ``height`` x ``width`` positions of the layer's own feature map, row by row. A map is as large as the batch
+    that is passed makes it: of many images ``analysis.spatial.attention_maps`` passes a few at a time.
     """
 
     weights: Tensor

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from sferd_lab import processes
 from sferd_lab.config import make_settings
 from sferd_lab.errors import SferdError
 from sferd_lab.experiment import launch, read_table
-from sferd_lab.files import load_tensors
+from sferd_lab.files import load_tensors, work_in
 from sferd_lab.train import TrainSettings, train
 
 sys.path.insert(0, str(Path(__file__).parent / "processes"))
@@ -46,7 +47,7 @@ def run(count: int, *command: str) -> str:
                 child.kill()
             process.kill()
             raise
-    assert process.returncode == 0, errors[-3000:]
+    assert process.returncode == 0, errors[-20_000:]
     return out
 
 
@@ -168,12 +169,24 @@ def test_a_run_goes_on_with_another_number_of_processes(experiments: dict[int, P
 
 def test_a_notebook_s_launch_does_the_run_in_processes_of_its_own(tmp_path: Path) -> None:
     script = (
-        "from sferd_lab.config import make_settings; from sferd_lab.experiment import launch; "
-        f"launch(make_settings('digits', run_folder={str(tmp_path / 'run')!r}, processes=2, methods=[], sgp=False, guided=[False]))"
+        "from sferd_lab.config import make_settings; from sferd_lab.experiment import Run, launch; "
+        f"settings = make_settings('digits', run_folder={str(tmp_path / 'run')!r}, processes=2, methods=[], sgp=False, guided=[False]); "
+        "run = Run(settings); run.teacher(); launch(settings)"  # what this process does first must not keep the others out
     )
     run(1, "-c", script)
     assert set(read_table(tmp_path / "run" / "metrics.csv")["method"]) >= {"teacher", "blurred real"}
     assert json.loads((tmp_path / "run" / "config.json").read_text())["settings"]["processes"] == 1
+
+
+def test_where_another_process_works_all_processes_end_in_words(tmp_path: Path) -> None:
+    lock = work_in(tmp_path)
+    with pytest.raises(AssertionError) as caught:  # and not TimeoutExpired
+        run(2, "-m", "sferd_lab.experiment", "preset=digits", f"run_folder={tmp_path}", *SMALL)
+    assert lock.held
+    words = f"process {os.getpid()} on {platform.node()} is working in {tmp_path}"
+    assert f"SferdError: {words}" in str(caught.value)
+    assert f"SferdError: the first of 2 processes failed: SferdError: {words}" in str(caught.value)
+    assert not (tmp_path / "weights").exists()
 
 
 def test_one_process_launches_none(monkeypatch: pytest.MonkeyPatch) -> None:

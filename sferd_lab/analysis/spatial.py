@@ -22,9 +22,12 @@ from sferd_lab.denoiser import Denoiser
 from sferd_lab.diffusion import Angle
 from sferd_lab.errors import SferdError
 from sferd_lab.guidance import edge_energy
+from sferd_lab.unet import AttentionMap
 
 # The maps that need no attention.
 CONTROLS = ("gradient energy", "local variance", "|x0|")
+# Numbers in all attention maps of a pass: 256 MiB.
+MAP_NUMBERS = 2**26
 
 
 def error_map(predicted: Tensor, reference: Tensor) -> np.ndarray:
@@ -39,9 +42,24 @@ def error_map(predicted: Tensor, reference: Tensor) -> np.ndarray:
 
 @torch.inference_mode()
 def attention_maps(denoiser: Denoiser, x: Tensor, phi: Angle, layers: Sequence[str] = (), **condition: Tensor) -> dict[str, np.ndarray]:
-    """Attention received at each position of ``layers`` (all, when none is named), each (N, h, w) of that layer; its mean is 1."""
-    prediction = denoiser(x, phi, layers or denoiser.attention_layers, **condition)
-    return {name: attention.received().double().cpu().numpy() for name, attention in prediction.attention.items()}
+    """Attention received at each position of ``layers`` (all, when none is named), each (N, h, w) of that layer; its mean is 1.
+
+    ``x`` (N, C, H, W), N of 1 or more. A network's maps have heads x positions^2 numbers an image and layer: as many images go through it
+    at a time as keep all maps below ``MAP_NUMBERS``, and one where one has more.
+    """
+    wanted = layers or denoiser.attention_layers
+
+    def one_pass(rows: slice) -> dict[str, AttentionMap]:
+        told = {name: values[rows] for name, values in condition.items()}
+        return denoiser(x[rows], phi[rows] if isinstance(phi, Tensor) and phi.ndim else phi, wanted, **told).attention
+
+    numbers = sum(attention.weights.numel() for attention in one_pass(slice(1)).values())  # of one image
+    count = max(1, MAP_NUMBERS // max(1, numbers))
+    parts = [
+        {name: attention.received().double().cpu().numpy() for name, attention in one_pass(slice(first, first + count)).items()}
+        for first in range(0, len(x), count)
+    ]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def to_grid(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
