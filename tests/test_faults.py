@@ -68,27 +68,27 @@ def step(path: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def tally(tmp_path_factory: pytest.TempPathFactory) -> pd.Series:
-    """What came of two kills in each case that a fork can do, by case and outcome; a row of another part was there before."""
+def tally(tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.Series, str]:
+    """What came of two kills in each case that a fork can do, by case and outcome, and what was said; other rows were there before."""
     table = tmp_path_factory.mktemp("tally") / "reliability.csv"
     table.write_text("part,case,outcome,count\nfuzz,IDX file,SferdError,7\nfaults,teacher training,an old row,3\n")
     cases = ["teacher training", "PD stages and their scores", "SGP training and its prior", "checkpoint write"]
     command = [sys.executable, str(ROOT / "tests" / "faults" / "run.py"), "kills=2", f"table={table}", *cases]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return pd.read_csv(table).set_index(["part", "case", "outcome"])["count"]
+    return pd.read_csv(table).set_index(["part", "case", "outcome"])["count"], f"status {done.returncode}: {done.stdout}{done.stderr}"
 
 
 @pytest.mark.parametrize("case", ["teacher training", "PD stages and their scores", "SGP training and its prior", "checkpoint write"])
-def test_a_killed_run_ends_with_the_same_bytes(tally: pd.Series, case: str) -> None:
-    counts = tally.loc["faults", case]
+def test_a_killed_run_ends_with_the_same_bytes(tally: tuple[pd.Series, str], case: str) -> None:
+    counts, said = tally[0].loc["faults", case], tally[1]
+    assert said.startswith("status 0"), said
     assert counts["same bytes"] == 2
     assert {outcome for outcome in counts.index if not outcome.startswith("(")} == {"same bytes"}
 
 
-def test_the_tally_keeps_the_rows_of_others(tally: pd.Series) -> None:
-    assert tally["fuzz", "IDX file", "SferdError"] == 7
-    assert ("faults", "teacher training", "an old row") not in tally.index
+def test_the_tally_keeps_the_rows_of_others(tally: tuple[pd.Series, str]) -> None:
+    assert tally[0]["fuzz", "IDX file", "SferdError"] == 7
+    assert ("faults", "teacher training", "an old row") not in tally[0].index
 
 
 # ---- the disk
