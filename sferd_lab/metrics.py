@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from sferd_lab.data import StoredImages
 from sferd_lab.errors import SferdError
-from sferd_lab.files import load_tensors, save_tensors, sha256
+from sferd_lab.files import load_tensors, read_record, save_tensors, sha256
+from sferd_lab.rebuild import rebuild
 
 METRICS = ("fd", "kid", "precision", "recall", "density", "coverage", "memorisation_ratio")
 KIND = "feature network"
@@ -166,13 +167,10 @@ def load_feature_network(path: Path | str) -> tuple[FeatureNetwork, str]:
     state, info = load_tensors(path)
     if info.get("kind") != KIND or not isinstance(info.get("settings"), dict):
         raise SferdError(f"{path} holds {info.get('kind')!r}; expected {KIND!r} with its settings")
+    # Before the digest, which is of a network's single-precision numbers.
+    network = rebuild(lambda: FeatureNetwork(**info["settings"]), state, path)
     if _digest(state) != info.get("weights"):
         raise SferdError(f"{path} was altered: its weights do not have the digest that was saved with them")
-    try:
-        network = FeatureNetwork(**info["settings"])
-        network.load_state_dict(state)
-    except (TypeError, RuntimeError) as error:
-        raise SferdError(f"{path}: its weights do not fit its settings {info['settings']}: {error}") from None
     return network.requires_grad_(False), sha256(path)
 
 
@@ -338,6 +336,27 @@ def memorisation_ratio(
     return value, float(np.nanstd([ratio(rng.integers(len(fake), size=len(fake))) for _ in range(resamples)], ddof=1))
 
 
+def read_floors(path: Path | str, features_sha256: str, k: int) -> dict[int, dict[str, tuple[float, float]]]:
+    """The known floors on a feature network, at ``k`` neighbours, in a JSON file: by n and metric, mean and standard deviation.
+
+    Raises SferdError for a file that holds anything else.
+    """
+    entries = read_record(path).get(features_sha256, [])
+    try:
+        known = {entry["n"]: entry["floors"] for entry in entries if entry["k"] == k}
+        floors = {n: {name: (float(mean), float(spread)) for name, (mean, spread) in found.items()} for n, found in known.items()}
+        sound = all(type(n) is int and all(map(_is_floor, found.values())) for n, found in floors.items())
+    except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
+        raise SferdError(f"{path} holds no floors for {features_sha256}: {error}") from None
+    if not sound:
+        raise SferdError(f"{path}: a floor for {features_sha256} is no finite mean with a standard deviation of 0 or more")
+    return floors
+
+
+def _is_floor(floor: tuple[float, float]) -> bool:
+    return all(map(math.isfinite, floor)) and floor[1] >= 0
+
+
 @dataclass(frozen=True)
 class Score:
     """One metric of ``n`` generated images: its value, standard error (None: no sound one), and its floor on real images.
@@ -392,6 +411,9 @@ class Scorer:
         least = max(k, self.reference.shape[1])
         if len(self.reference) <= least:
             raise SferdError(f"{len(self.reference)} reference images; allowed: more than {least}, the larger of k and the network's dim")
+        for n, floor in (known_floors or {}).items():
+            if missing := [name for name in self.metrics if name not in floor]:
+                raise SferdError(f"the known floors at n = {n} have none of '{missing[0]}'; allowed: all of {', '.join(self.metrics)}")
         self._floors = {n: {name: tuple(floor[name]) for name in self.metrics} for n, floor in (known_floors or {}).items()}
 
     def _values(

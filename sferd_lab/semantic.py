@@ -100,8 +100,10 @@ class SemanticDenoiser(Denoiser):
 
     def __init__(self, base: NetworkDenoiser, z_dim: int, encoder_width: int = 32, blind: bool = False) -> None:
         super().__init__("gradient")
-        if z_dim < 1:
-            raise SferdError(f"z_dim = {z_dim}; allowed: 1 or more")
+        if type(z_dim) is not int or z_dim < 1:
+            raise SferdError(f"z_dim = {z_dim!r}; allowed: 1 or more")
+        if not isinstance(blind, bool):
+            raise SferdError(f"blind = {blind!r}; allowed: True, False")
         self.base, self.blind = base, blind
         is_foreign = not isinstance(base.network, UNet)
         self.gradient = base.network.gradient_predictor(z_dim) if is_foreign else GradientPredictor(base.network.shape, z_dim)
@@ -184,10 +186,15 @@ class LatentDenoiser(Denoiser):
 
 
 class DiffusionPrior(nn.Module):
-    """Codes by a small diffusion model: DDIM in ``steps`` steps over standardised codes, then back to z's own mean and scale."""
+    """Codes by a small diffusion model: DDIM in ``steps`` steps over standardised codes, then back to z's own mean and scale.
+
+    Raises SferdError unless ``steps`` is 1 to 10,000.
+    """
 
     def __init__(self, denoiser: LatentDenoiser, mean: Tensor, std: Tensor, steps: int = 20) -> None:
         super().__init__()
+        if type(steps) is not int or not 1 <= steps <= 10_000:
+            raise SferdError(f"steps = {steps!r} of the diffusion prior; allowed: 1 to 10000")
         self.denoiser, self.steps = denoiser, steps
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
@@ -204,11 +211,16 @@ class DiffusionPrior(nn.Module):
 
 
 class MixturePrior(nn.Module):
-    """Codes from a Gaussian mixture, fitted by scikit-learn: no network evaluation at all."""
+    """Codes from a Gaussian mixture, fitted by scikit-learn: no network evaluation at all.
+
+    weights (K,), means (K, z_dim), covariances (K, z_dim, z_dim). Raises SferdError as ``Mixture`` does, and for a singular covariance.
+    """
 
     def __init__(self, weights: Tensor, means: Tensor, covariances: Tensor) -> None:
         super().__init__()
         Mixture(weights, means, covariances, tuple(means.shape[1:]))  # validates
+        if covariances.ndim != 3 or bool(torch.linalg.cholesky_ex(covariances).info.any()):
+            raise SferdError(f"mixture prior: covariances {tuple(covariances.shape)} are diagonal or singular; expected full ones")
         self.register_buffer("weights", weights)
         self.register_buffer("means", means)
         self.register_buffer("covariances", covariances)

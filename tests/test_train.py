@@ -712,6 +712,8 @@ def test_the_scaler_of_the_loss_goes_on_where_it_was(tmp_path):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, settings.lr_factor)
         steering = Steering(optimizer, scheduler, torch.amp.GradScaler("cpu", init_scale=scale))
         if not path.exists():
+            scheduler.last_epoch, scheduler._last_lr = 2, [optimizer.param_groups[0]["initial_lr"] * settings.lr_factor(2)]
+            optimizer.param_groups[0]["lr"] = scheduler._last_lr[0]
             save_checkpoint(path, {"model": model}, steering, settings, losses[:2])
         load_checkpoint(path, {"model": model}, steering, settings, losses)
         kept[scale] = steering.scaler.get_scale()
