@@ -299,8 +299,8 @@ def test_a_safetensors_file_of_someone_else_is_refused(tmp_path, metadata):
     ("metadata", "message"),
     [
         ("[1]", "is list; expected a SHA-256 and an object"),
-        ("3", "is int"),
-        ('["a", {}, {}]', "is list"),
+        ("3", "is int; expected"),
+        ('["a", {}, {}]', "is list; expected"),
         ('["a", {}]', "was altered"),
         *((text.decode("latin-1"), "not a readable") for text in BAD_JSON.values()),
     ],
