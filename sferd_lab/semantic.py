@@ -228,11 +228,13 @@ class MixturePrior(nn.Module):
 
     @classmethod
     def fit(cls, codes: Tensor, components: int, seed: int) -> MixturePrior:
-        """Maximum likelihood on ``codes`` (N, z_dim). Raises SferdError when there are fewer codes than components."""
+        """Maximum likelihood on ``codes`` (N, z_dim), N >= 2. Raises SferdError for fewer codes than components, or codes not finite."""
         from sklearn.mixture import GaussianMixture
 
-        if not 1 <= components <= len(codes):
-            raise SferdError(f"prior_components = {components} for {len(codes)} codes; allowed: 1 to one component a code")
+        if len(codes) < 2 or not 1 <= components <= len(codes):
+            raise SferdError(f"prior_components = {components} for {len(codes)} codes; allowed: 1 to one component a code, of two or more")
+        if not bool(codes.isfinite().all()):
+            raise SferdError("the codes hold NaN or infinity; allowed: finite values")
         fitted = GaussianMixture(components, random_state=seed, reg_covar=1e-3, max_iter=500).fit(codes.cpu().double().numpy())
         return cls(*(torch.from_numpy(np.asarray(part)).float() for part in (fitted.weights_, fitted.means_, fitted.covariances_)))
 

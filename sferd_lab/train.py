@@ -81,7 +81,7 @@ class TrainSettings:
             if getattr(self, name) < 1:
                 raise SferdError(f"{name} = {getattr(self, name)}; allowed: 1 or more")
         for name in ("warmup", "weight_decay", "null_label", "z_dim", "z_noise", "checkpoint_every", "seed"):
-            if not getattr(self, name) >= 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise SferdError(f"{name} = {getattr(self, name)}; allowed: 0 or more")
         if not 0 <= self.label_dropout <= 1:
             raise SferdError(f"label_dropout = {self.label_dropout}; allowed: 0 to 1")
@@ -89,7 +89,7 @@ class TrainSettings:
             if not 0 <= getattr(self, name) < 1:
                 raise SferdError(f"{name} = {getattr(self, name)}; allowed: 0 to below 1")
         for name in ("lr", "clip"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise SferdError(f"{name} = {getattr(self, name)}; allowed: above 0")
 
     def lr_factor(self, step: int) -> float:
