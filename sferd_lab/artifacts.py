@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sferd_lab.denoiser import Denoiser, NetworkDenoiser
 from sferd_lab.errors import SferdError
-from sferd_lab.files import load_tensors, save_tensors
+from sferd_lab.files import is_file, load_tensors, save_tensors
 from sferd_lab.rebuild import rebuild
 from sferd_lab.sample import Prior, sample
 from sferd_lab.semantic import DiffusionPrior, LatentDenoiser, MixturePrior, SemanticDenoiser, semantic_info
@@ -119,7 +119,7 @@ def load(name: str | Path) -> Pretrained:
     """
     folder = shipped_folder()
     path = Path(name) if str(name).endswith(".safetensors") else folder / f"{name}.safetensors"
-    if not path.is_file():
+    if not is_file(path):
         shipped = [str(file.relative_to(folder).with_suffix("")) for file in sorted(folder.rglob("*.safetensors"))]
         shipped = [name for name in shipped if not name.endswith(("features", "reference", "-prior"))]
         raise SferdError(f"no model '{name}'; allowed: {', '.join(shipped) or 'nothing is shipped'}, or the path of a .safetensors file")

@@ -355,7 +355,8 @@ def notebook_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
         if assigned is None:
             break
         names |= assigned
-    return {name: namespace[name] for name in sorted(names | (set(Settings.model_fields) & set(namespace)))}
+    # A cell that failed, or a name deleted since, has left none.
+    return {name: namespace[name] for name in sorted((names | set(Settings.model_fields)) & set(namespace))}
 
 
 def parse_literals(arguments: Sequence[str]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from sferd_lab.denoiser import ClassifierFree, Denoiser, NetworkDenoiser
 from sferd_lab.diffusion import add_noise
 from sferd_lab.distill import Batch, ConsistencyTarget, DataTarget, ProgressiveTarget, denoising_target, halving_schedule, on_labels
 from sferd_lab.errors import SferdError
-from sferd_lab.files import load_tensors, project_folder, read_record, replacing, save_tensors, write_json
+from sferd_lab.files import is_file, load_tensors, project_folder, read_record, replacing, save_tensors, write_json
 from sferd_lab.guidance import GuidedDenoiser, default_layer, gaussian_blur
 from sferd_lab.metrics import METRICS, Scorer, known_bad, load_feature_network, read_floors, save_feature_network, train_feature_network
 from sferd_lab.sample import Prior, SampleNoise, Samples, sample
@@ -732,7 +732,7 @@ def read_table(path: Path | str, columns: Sequence[str] = ()) -> pd.DataFrame:
     Raises SferdError for what is no table, and for one that lacks one of ``columns``.
     """
     text = ("sgp", "z", "sampler", "features", "features_sha256")
-    if not Path(path).is_file():
+    if not is_file(path):
         raise SferdError(f"{path} is missing")
     try:
         table = pd.read_csv(path, dtype=dict.fromkeys(text, str))

@@ -56,9 +56,17 @@ def write_json(path: Path | str, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
+def is_file(path: Path | str) -> bool:
+    """Whether that file is there; a name that no file can have, too long or with a zero byte, is of none."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def read_json(path: Path | str) -> Any:
     """The value in a JSON file. Raises SferdError when it is missing or not JSON, as ``parse_json`` reads it."""
-    if not Path(path).is_file():
+    if not is_file(path):
         raise SferdError(f"{path} is missing")
     try:
         return parse_json(Path(path).read_text(encoding="utf-8"))
@@ -121,7 +129,7 @@ class _PlainLoader(yaml.SafeLoader):
 
 def read_yaml(path: Path | str) -> Any:
     """The value in a YAML file. Raises SferdError when it is missing or not plain YAML: tags of Python's and aliases are not read."""
-    if not Path(path).is_file():
+    if not is_file(path):
         raise SferdError(f"{path} is missing")
     try:
         return yaml.load(Path(path).read_text(encoding="utf-8"), _PlainLoader)
@@ -160,7 +168,7 @@ def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     A file whose metadata are the object alone, as this package once wrote and ships, is read as it is: that its bytes are those that were
     written is then known only where the file's own SHA-256 is (``made.json``, ``students.json``, the tables of scores).
     """
-    if not Path(path).is_file():
+    if not is_file(path):
         raise SferdError(f"{path} is missing")
     try:
         with safe_open(path, framework="pt") as file:

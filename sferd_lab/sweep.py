@@ -50,7 +50,7 @@ from tqdm import tqdm
 
 from sferd_lab.config import PLACES, Settings, check_inside, make_settings, parse_literals
 from sferd_lab.errors import SferdError
-from sferd_lab.files import project_folder, read_record, read_yaml, replacing, write_json, write_text
+from sferd_lab.files import is_file, project_folder, read_record, read_yaml, replacing, write_json, write_text
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -142,7 +142,7 @@ def notebook_parameters(path: Path) -> set[str]:
     from papermill.exceptions import PapermillException
     from papermill.inspection import inspect_notebook
 
-    if not path.is_file():
+    if not is_file(path):
         raise SferdError(f"notebook {path} is missing")
     try:
         return set(inspect_notebook(_verbatim(path)))

@@ -182,6 +182,13 @@ def test_plain_yaml_is_read(tmp_path):
         read_yaml(tmp_path / "none.yaml")
 
 
+@pytest.mark.parametrize("name", ["a" * 5000, "a\x00b"])
+@pytest.mark.parametrize("read", [read_json, read_yaml, load_tensors])
+def test_a_name_that_no_file_can_have_is_of_a_missing_one(tmp_path, read, name):
+    with pytest.raises(SferdError, match="is missing"):
+        read(tmp_path / name)
+
+
 # ---- tensors
 
 

@@ -85,7 +85,7 @@ def test_a_tag_in_a_file_of_parameters_makes_no_object(here: Path, text: str) ->
 def test_a_name_in_a_file_of_parameters_is_a_settings_name(here: Path, name: Any) -> None:
     path = here.parent / "file.yaml"
     path.write_text(f"{name!r}: 1\n" if isinstance(name, str) else f"{'null' if name is None else name}: 1\n")
-    with pytest.raises(SferdError, match="unknown parameter .*; allowed: preset, seed"):
+    with pytest.raises(SferdError, match=r"unknown parameter .*; allowed: preset, seed"):
         read_parameters(path)
     assert config.main([str(path)]) == 2
 
