@@ -24,6 +24,7 @@ plan: .venv/ready
 
 # Train, distil, sample and score, by running the notebook; then a page of it without code, and the table.
 experiment: .venv/ready
+	$(if $(file),$(BIN)/python -m sferd_lab.config $(file))
 	@mkdir -p $(run_folder)
 	TQDM_MININTERVAL=10 SFERD_LAB_WIDGETS=0 $(BIN)/papermill --log-output --no-progress-bar notebooks/experiment.ipynb $(run_folder)/experiment.ipynb \
 		$(if $(file),-f $(file)) -p run_folder $(run_folder) $(parameters)

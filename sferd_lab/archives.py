@@ -5,9 +5,13 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import io
 import math
+import os
 import shutil
+import struct
 import tarfile
 import tokenize
 import zipfile
@@ -18,7 +22,7 @@ from typing import IO
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,6 +31,8 @@ from sferd_lab.data import resize
 from sferd_lab.errors import SferdError
 from sferd_lab.files import load_tensors, read_json, replacing, save_tensors, sha256, write_json
 
+# Pillow's own name for each, and no other of its readers: the one for EPS starts a program, whatever the file is called.
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 # 64 megapixels: a camera's photograph passes, a file made to fill the memory does not.
 MAX_PIXELS = 1 << 26
@@ -71,11 +77,13 @@ def _image_files(folder: Path) -> list[Path]:
 def read_image(path: Path, size: int, grey: bool) -> Tensor:
     """One file as uint8 (C, size, size), C 1 if ``grey`` else 3. Raises SferdError for what is no image, or one beyond 64 megapixels."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise SferdError(f"{path} has {image.width}x{image.height} pixels; allowed: {MAX_PIXELS} in all")
             pixels = np.asarray(square(image.convert("L" if grey else "RGB"), size))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except SferdError:
+        raise
+    except Exception as error:  # whatever a decoder meets in a damaged file: struct, zlib, index and type errors among them
         raise SferdError(f"{path} cannot be read as an image ({error}); allowed: whole files of {', '.join(SUFFIXES)}") from None
     return torch.from_numpy(pixels.copy()).reshape(size, size, -1).permute(2, 0, 1)
 
@@ -100,7 +108,8 @@ def read_folder(folder: Path | str, size: int) -> tuple[dict[str, tuple[Tensor, 
     parts: dict[str, list[tuple[Tensor, int]]] = {"features": [], "train": [], "reference": []}
     for path in files:
         name = path.relative_to(folder).as_posix()
-        part = FIFTHS[int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % 5]
+        # The name's own bytes, which need not be text.
+        part = FIFTHS[int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") % 5]
         parts[part].append((read_image(path, size, grey), classes.index(path.parent.name) if classes else 0))
     for part, found in parts.items():
         if not found:
@@ -113,9 +122,9 @@ def read_folder(folder: Path | str, size: int) -> tuple[dict[str, tuple[Tensor, 
 
 def _is_grey(path: Path) -> bool:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return image.mode in ("1", "L", "LA", "I;16")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except Exception:
         return False  # ``read_image`` will say what is wrong
 
 
@@ -132,13 +141,26 @@ def read_cifar10(archive: Path, digest: str = CIFAR_SHA256, images: int = CIFAR_
     names = {"train": [f"data_batch_{number}.bin" for number in range(1, 6)], "test": ["test_batch.bin"]}
     parts = {}
     try:
-        with tarfile.open(archive, "r:gz") as tar:
+        # The six files, their headers, and 1 MiB for the two small ones beside them.
+        most = 6 * images * CIFAR_RECORD + (1 << 20)
+        with gzip.open(archive) as packed, tarfile.open(fileobj=io.BytesIO(_at_most(packed, most)), mode="r:") as tar:
             for part, files in names.items():
                 records = torch.cat([_cifar_file(tar, f"cifar-10-batches-bin/{name}", archive, images) for name in files])
                 parts[part] = (records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].long())
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except SferdError:
+        raise
+    # A header may hold anything: numbers that are none, text in no encoding, one header within another.
+    except (tarfile.TarError, zlib.error, OSError, EOFError, ValueError, RecursionError, LookupError, OverflowError) as error:
         raise SferdError(f"{archive} is no whole tar.gz archive ({error}). {CIFAR_REMEDY}") from None
     return parts
+
+
+def _at_most(stream: IO[bytes], size: int) -> bytes:
+    """What ``stream`` holds. Raises SferdError beyond ``size`` bytes, of which one more is unpacked."""
+    content = stream.read(size + 1)
+    if len(content) > size:
+        raise SferdError(f"the archive unpacks to more than {size} bytes; expected CIFAR-10 as it was published. {CIFAR_REMEDY}")
+    return content
 
 
 def _cifar_file(tar: tarfile.TarFile, name: str, archive: Path, images: int) -> Tensor:
@@ -180,6 +202,7 @@ def _imagenet_cache(folder: Path, cache: Path) -> dict[str, Tensor] | None:
         labels, _ = load_tensors(cache / "labels.safetensors")
         # Archives that are no longer there are taken as unchanged.
         current = made["archives"] == {**made["archives"], **_states(folder)} and made["shapes"] == shapes
+        current = current and {part: [len(found), *shapes[part][1:]] for part, found in labels.items()} == shapes
     except (OSError, ValueError, LookupError, TypeError):  # SferdError among them
         return None
     return labels if current else None
@@ -251,6 +274,8 @@ def _npz_rows(path: Path, name: str, shape: tuple[int | None, ...], dtypes: tupl
         with zipfile.ZipFile(path) as archive:
             if f"{name}.npy" not in (members := archive.namelist()):
                 raise SferdError(f"{path} holds {', '.join(sorted(members)[:5])}; expected data.npy and labels.npy. {IMAGENET_REMEDY}")
+            if archive.getinfo(f"{name}.npy").compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise bad("is packed in another way than numpy's", "it stored or deflated, which are unpacked a piece at a time")
             with archive.open(f"{name}.npy") as stream:
                 found, column_order, dtype = _npy_header(stream, bad)
                 length = math.prod(found) * dtype.itemsize
@@ -275,14 +300,18 @@ def _npz_rows(path: Path, name: str, shape: tuple[int | None, ...], dtypes: tupl
                         raise EOFError(f"{name} ends after {first} rows")
                     yield np.frombuffer(values, dtype).reshape(rows, *found[1:])
     # What zipfile raises for a file that is no zip archive, cut short, altered, encrypted or packed in a way it does not know.
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError) as error:
+    except SferdError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, RuntimeError, ValueError, OverflowError) as error:
         raise SferdError(f"{path} is no whole npz archive ({error}). {IMAGENET_REMEDY}") from None
 
 
 def _npy_header(stream: IO[bytes], bad: Callable[[str, str], SferdError]) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, whether in Fortran order, and dtype, from the beginning of a .npy file. No object is made but literals."""
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     try:
-        return readers[np.lib.format.read_magic(stream)](stream)
+        # Version 1.0 alone, which numpy writes for numbers: the header of a later one may be 4 GB long.
+        if (version := np.lib.format.read_magic(stream)) != (1, 0):
+            raise ValueError(f"version {version[0]}.{version[1]}")
+        return np.lib.format.read_array_header_1_0(stream)
     except (KeyError, tokenize.TokenError, *NOT_A_LITERAL) as error:
-        raise bad(f"is no .npy file ({error})", "one of version 1.0 or 2.0") from None
+        raise bad(f"is no .npy file ({error})", "one of version 1.0") from None

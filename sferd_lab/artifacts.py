@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from sferd_lab.denoiser import Denoiser, NetworkDenoiser
 from sferd_lab.errors import SferdError
-from sferd_lab.files import load_tensors, save_tensors
+from sferd_lab.files import is_file, load_tensors, save_tensors
+from sferd_lab.rebuild import rebuild
 from sferd_lab.sample import Prior, sample
 from sferd_lab.semantic import DiffusionPrior, KernelPrior, LatentDenoiser, MixturePrior, SemanticDenoiser, semantic_info
-from sferd_lab.train import load_part
 from sferd_lab.unet import UNet, UNetSettings, unet_info
 
 Model = NetworkDenoiser | SemanticDenoiser | LatentDenoiser | DiffusionPrior | MixturePrior | KernelPrior
+# A network's file bounds the network, and nothing in it the images that one asks of it but this.
+MAX_SIDE = 1024
 
 
 def shipped_folder() -> Path:
@@ -70,27 +72,27 @@ def load_model(path: Path | str) -> tuple[Model, dict[str, Any]]:
     """
     tensors, info = load_tensors(path)
     tensors = {name: tensor.float() if tensor.dtype == torch.float16 else tensor for name, tensor in tensors.items()}
-    try:
-        kind = info["kind"]
-        if kind == "network":
-            model: Model = NetworkDenoiser(build_network(info), info["role"])
-        elif kind == "semantic":
-            model = SemanticDenoiser(NetworkDenoiser(build_network(info), info["role"]), **info["semantic"])
-        elif kind == "latent":
-            model = LatentDenoiser(**info["latent"])
-        elif kind == "diffusion prior":
-            size = info["latent"]["z_dim"]
-            model = DiffusionPrior(LatentDenoiser(**info["latent"]), torch.zeros(size), torch.ones(size), info["steps"])
-        elif kind == "mixture prior":
-            model = MixturePrior(tensors["weights"], tensors["means"], tensors["covariances"])
-        elif kind == "kernel prior":
-            model = KernelPrior(tensors["codes"], tensors["bandwidth"])
-        else:
-            raise SferdError(f"{path} holds a '{kind}'; expected a network, a semantic denoiser, a latent network or a prior")
-    except (KeyError, TypeError) as error:
-        raise SferdError(f"{path} lacks what rebuilds its model: {error}") from None
-    load_part(model, tensors, "", path)
-    return model.eval(), info
+    return rebuild(lambda: _build(info, tensors), tensors, path).eval(), info
+
+
+def _build(info: dict[str, Any], tensors: dict[str, Tensor]) -> Model:
+    kind = info["kind"]
+    if kind in ("network", "semantic") and not isinstance(info["role"], str):
+        raise SferdError(f"its role is {info['role']!r}; expected text")
+    if kind == "network":
+        return NetworkDenoiser(build_network(info), info["role"])
+    if kind == "semantic":
+        return SemanticDenoiser(NetworkDenoiser(build_network(info), info["role"]), **info["semantic"])
+    if kind == "latent":
+        return LatentDenoiser(**info["latent"])
+    if kind == "diffusion prior":
+        size = info["latent"]["z_dim"]
+        return DiffusionPrior(LatentDenoiser(**info["latent"]), torch.zeros(size), torch.ones(size), info["steps"])
+    if kind == "mixture prior":
+        return MixturePrior(tensors["weights"], tensors["means"], tensors["covariances"])
+    if kind == "kernel prior":
+        return KernelPrior(tensors["codes"], tensors["bandwidth"])
+    raise SferdError(f"it holds a {kind!r}; expected a network, a semantic denoiser, a latent network or a prior")
 
 
 @dataclass(frozen=True)
@@ -119,15 +121,20 @@ def load(name: str | Path) -> Pretrained:
     """
     folder = shipped_folder()
     path = Path(name) if str(name).endswith(".safetensors") else folder / f"{name}.safetensors"
-    if not path.is_file():
+    if not is_file(path):
         shipped = [str(file.relative_to(folder).with_suffix("")) for file in sorted(folder.rglob("*.safetensors"))]
         shipped = [name for name in shipped if not name.endswith(("features", "reference", "-prior"))]
         raise SferdError(f"no model '{name}'; allowed: {', '.join(shipped) or 'nothing is shipped'}, or the path of a .safetensors file")
     model, info = load_model(path)
     if not isinstance(model, NetworkDenoiser | SemanticDenoiser):
         raise SferdError(f"{path} holds a {info['kind']}, which has no images of its own; load it with load_model and pass it to sample")
-    if "shape" not in info:
-        raise SferdError(f"{path} does not say the shape of its images; allowed: files saved with info that has shape = [C, H, W]")
+    channels, shape = (model.base if isinstance(model, SemanticDenoiser) else model).network.channels, info.get("shape")
+    whole = isinstance(shape, list) and len(shape) == 3 and all(type(side) is int for side in shape)
+    if not whole or shape[0] != channels or not all(1 <= side <= MAX_SIDE for side in shape[1:]):
+        raise SferdError(
+            f"{path} does not say the shape of its images: shape = {shape!r}; allowed: files saved with info that has "
+            f"shape = [{channels}, H, W], H and W at most {MAX_SIDE}"
+        )
     beside = path.with_name(f"{path.stem}-prior.safetensors")
     prior = load_model(beside)[0] if isinstance(model, SemanticDenoiser) and beside.is_file() else None
     return Pretrained(model, tuple(info["shape"]), info, prior)

@@ -3,19 +3,26 @@
 A preset gives every value; parameters override it; an unknown name or a value out of range is a ``SferdError`` that names the parameter,
 the value and what is allowed. The environment variable SFERD_LAB_TINY=1 shrinks whatever is not given explicitly, to test a notebook
 in seconds.
+
+A parameter is a value and never code. Where to read and write (``PLACES``) is the word of whoever types a command; a *file* of parameters
+may come from someone else, so it can name places inside the current folder only: ``python -m sferd_lab.config FILE`` checks one, as
+``make experiment file=FILE`` does first. papermill itself would run whatever such a file has in place of a parameter's name.
 """
 
 from __future__ import annotations
 
 import ast
 import os
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sferd_lab.distill import halving_schedule
 from sferd_lab.errors import SferdError
+from sferd_lab.files import read_yaml
 
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -24,6 +31,9 @@ Counts = Annotated[tuple[Count, ...], Field(min_length=1, max_length=16)]
 
 # What ast.literal_eval may raise, by its documentation.
 NOT_A_LITERAL = (SyntaxError, ValueError, TypeError, MemoryError, RecursionError)
+
+# The settings that say where to read or write.
+PLACES = ("run_folder", "data_folder", "teacher_from")
 
 
 class Settings(BaseModel):
@@ -102,7 +112,7 @@ class Settings(BaseModel):
         "mixture", description="latent diffusion, scikit-learn's Gaussian mixture, or training codes with the noise of z_noise on them"
     )
     prior_steps: Count = Field(1000, description="training steps of the diffusion prior")
-    prior_sampling_steps: Count = Field(20, description="DDIM steps of the diffusion prior")
+    prior_sampling_steps: Annotated[int, Field(ge=1, le=10_000)] = Field(20, description="DDIM steps of the diffusion prior")
     prior_components: Count = Field(10, description="components of the mixture prior")
 
     n_samples: Annotated[int, Field(ge=2, le=10**6)] = Field(description="images behind every score")
@@ -347,7 +357,8 @@ def notebook_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
         if assigned is None:
             break
         names |= assigned
-    return {name: namespace[name] for name in sorted(names | (set(Settings.model_fields) & set(namespace)))}
+    # A cell that failed, or a name deleted since, has left none.
+    return {name: namespace[name] for name in sorted((names | set(Settings.model_fields)) & set(namespace))}
 
 
 def parse_literals(arguments: Sequence[str]) -> dict[str, Any]:
@@ -359,6 +370,32 @@ def parse_literals(arguments: Sequence[str]) -> dict[str, Any]:
             raise SferdError(f"argument '{argument}'; allowed: name=value")
         parameters[name] = _literal(value)
     return parameters
+
+
+def read_parameters(path: Path | str) -> dict[str, Any]:
+    """The parameters in a YAML file, for ``make_settings``.
+
+    Raises SferdError for what is no mapping of settings' names to values, and for a place outside the current folder.
+    """
+    parameters = read_yaml(path)
+    if not isinstance(parameters, dict):
+        raise SferdError(f"{path} holds a {type(parameters).__name__}; allowed: names of settings with their values")
+    for name, value in parameters.items():
+        if name not in Settings.model_fields:
+            raise SferdError(f"{path}: unknown parameter {name!r}; allowed: {', '.join(Settings.model_fields)}")
+        if name in PLACES:
+            check_inside(path, name, value)
+    return parameters
+
+
+def check_inside(path: Path | str, name: str, value: Any) -> None:
+    """Raise SferdError where the file ``path`` has a ``value`` for ``name`` that is a place outside the current folder, links followed."""
+    try:
+        inside = value is None or (Path.cwd() / value).resolve().is_relative_to(Path.cwd().resolve())
+    except (OSError, RuntimeError, TypeError, ValueError):  # a loop of links, a number, a zero byte
+        inside = False
+    if not inside:
+        raise SferdError(f"{path}: {name} = {value!r}; allowed in a file: a place inside the current folder. Another is for you to say")
 
 
 def _literal(text: str) -> Any:
@@ -382,3 +419,18 @@ def _assigned_literals(source: str) -> set[str] | None:
     except NOT_A_LITERAL:
         return None
     return names or None
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command of this module; returns its exit status, 0 when all files are what ``read_parameters`` takes."""
+    try:
+        for path in arguments:
+            read_parameters(path)
+    except SferdError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -18,8 +18,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from http.client import HTTPException
 from pathlib import Path
-from typing import BinaryIO
-from urllib.request import urlopen
+from typing import IO, BinaryIO
+from urllib.request import (
+    HTTPDefaultErrorHandler,
+    HTTPErrorProcessor,
+    HTTPRedirectHandler,
+    HTTPSHandler,
+    OpenerDirector,
+    ProxyHandler,
+    UnknownHandler,
+)
 
 import numpy as np
 import torch
@@ -54,6 +62,19 @@ REMEDY = (
 )
 # Above the largest file of the data set (47 MB unpacked, 26 MB packed) and far below what would fill a memory.
 MAX_BYTES = 1 << 26
+
+
+def https_opener() -> OpenerDirector:
+    """An opener that can speak HTTPS and nothing else: what redirects to another protocol is an error."""
+    opener = OpenerDirector()
+    for handler in (ProxyHandler, HTTPSHandler, HTTPRedirectHandler, HTTPErrorProcessor, HTTPDefaultErrorHandler, UnknownHandler):
+        opener.add_handler(handler())
+    return opener
+
+
+def urlopen(url: str, timeout: float) -> IO[bytes]:
+    """What lies at ``url``, as ``https_opener`` opens it. Raises OSError."""
+    return https_opener().open(url, timeout=timeout)
 
 
 class StoredImages:
@@ -414,6 +435,8 @@ class Mixture:
 
     def __post_init__(self) -> None:
         k, d = self.weights.numel(), math.prod(self.shape)
+        if k < 1 or d < 1:
+            raise SferdError(f"mixture over {self.shape} of {k} components; expected 1 component or more, and points of 1 number or more")
         tensors = (self.weights, self.means, self.covariance)
         dtype = self.weights.dtype
         if self.weights.shape != (k,) or self.means.shape != (k, d) or self.covariance.shape not in ((k, d), (k, d, d)):

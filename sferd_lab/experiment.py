@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib import metadata
@@ -42,12 +42,23 @@ from sferd_lab.denoiser import ClassifierFree, Denoiser, NetworkDenoiser
 from sferd_lab.diffusion import add_noise
 from sferd_lab.distill import Batch, ConsistencyTarget, DataTarget, ProgressiveTarget, denoising_target, halving_schedule, on_labels
 from sferd_lab.errors import SferdError
-from sferd_lab.files import FolderLock, leave, load_tensors, project_folder, read_json, replacing, save_tensors, work_in, write_json
+from sferd_lab.files import (
+    FolderLock,
+    is_file,
+    leave,
+    load_tensors,
+    project_folder,
+    read_record,
+    replacing,
+    save_tensors,
+    work_in,
+    write_json,
+)
 from sferd_lab.guidance import GuidedDenoiser, default_layer, gaussian_blur
-from sferd_lab.metrics import METRICS, Scorer, known_bad, load_feature_network, save_feature_network, train_feature_network
+from sferd_lab.metrics import METRICS, Scorer, known_bad, load_feature_network, read_floors, save_feature_network, train_feature_network
 from sferd_lab.sample import Prior, SampleNoise, Samples, sample
 from sferd_lab.semantic import DiffusionPrior, KernelPrior, LatentDenoiser, MixturePrior, SemanticDenoiser
-from sferd_lab.train import MakeTarget, TrainSettings, set_precision, step_flops, train
+from sferd_lab.train import MakeTarget, TrainSettings, matching, set_precision, step_flops, train
 from sferd_lab.unet import UNet, UNetSettings, check_layers
 
 # Images of each scored set that are kept for figures.
@@ -186,7 +197,9 @@ class Run:
     def _compare_settings(self) -> None:
         path = self.folder / "config.json"
         mine = self._kept_settings()
-        theirs = read_json(path).get("settings", {})
+        theirs = read_record(path, "settings")["settings"]
+        if not isinstance(theirs, dict):
+            raise SferdError(f"{path}: settings are a {type(theirs).__name__}; expected names with their values")
         for name in sorted(mine.keys() | theirs.keys()):
             if mine.get(name) != theirs.get(name):
                 raise SferdError(
@@ -220,7 +233,10 @@ class Run:
         """Train the stage ``name`` unless its weights are there; its averaged weights, ready to use. ``options`` are TrainSettings'."""
         path = self.folder / "weights" / f"{name}.safetensors"
         if self._is_there(path):
-            return load_model(path)[0].to(self.device)
+            model = load_model(path)[0]
+            if name != "teacher" or not self.settings.teacher_from:
+                matching(build().state_dict(), model.state_dict(), "", path)
+            return model.to(self.device)
         self._work()
         settings = self.settings
         options = {"ema_decay": settings.ema_decay} | options
@@ -438,6 +454,8 @@ class Run:
         about = {"stage": f"{name}-prior"}
         if settings.prior == "diffusion":
             mean, std = codes.mean(0), codes.std(0)
+            if not bool((std > 0).all()):
+                raise SferdError(f"{int((std == 0).sum())} of a code's {len(std)} numbers are the same for all images; allowed: none")
             latent = self.train_latent(f"{name}-latent", (codes - mean) / std)
             prior = DiffusionPrior(latent, mean, std, settings.prior_sampling_steps)
             processes.once(lambda: self._save(path, prior, about))
@@ -490,8 +508,7 @@ class Run:
         network, digest = load_feature_network(path)
         images, k = (self.data.reference.images, self.data.train.images), self.settings.neighbours
         known = shipped_folder() / self.data.name / "floors.json"
-        floors = read_json(known) if known.exists() else {}
-        floors = {entry["n"]: entry["floors"] for entry in floors.get(digest, []) if entry["k"] == k}
+        floors = read_floors(known, digest, k) if known.exists() else {}
         return Scorer(network, digest, name, *images, k=k, metrics=metrics, known_floors=floors)
 
     @property
@@ -608,7 +625,7 @@ class Run:
 
     def _known(self, row: Row) -> pd.DataFrame | None:
         path = self.folder / "metrics.csv"
-        table = read_table(path) if path.exists() else None
+        table = read_table(path, tuple(asdict(row))) if path.exists() else None
         processes.wait()  # all have looked before one of them writes
         if table is None:
             return None
@@ -643,7 +660,7 @@ class Run:
         """Put the rows of ``frame`` into a table, in place of those that have the same ``identity``; whole or not at all."""
         path = self.folder / name
         if path.exists():
-            old = read_table(path)
+            old = read_table(path, tuple(identity))
             keep = ~(old[list(identity)] == list(identity.values())).all(axis=1)
             frame = pd.concat([old[keep], frame], ignore_index=True)
         with replacing(path) as temporary:
@@ -651,7 +668,11 @@ class Run:
 
     def images(self, row: Row) -> Tensor:
         """The kept samples of an evaluated row."""
-        return load_tensors(self.folder / "samples" / f"{row.key}.safetensors")[0]["images"]
+        path = self.folder / "samples" / f"{row.key}.safetensors"
+        tensors, _ = load_tensors(path)
+        if list(tensors) != ["images"] or tensors["images"].shape[1:] != self.shape:
+            raise SferdError(f"{path} holds something else than images of {self.shape}; delete it, and its rows in metrics.csv")
+        return tensors["images"]
 
     # The whole way ------------------------------------------------------------------------------------------------------
 
@@ -763,10 +784,20 @@ def main(arguments: list[str]) -> None:
     return _work(settings)
 
 
-def read_table(path: Path | str) -> pd.DataFrame:
-    """A run's table with empty cells of text columns as empty strings."""
+def read_table(path: Path | str, columns: Sequence[str] = ()) -> pd.DataFrame:
+    """A run's table with empty cells of text columns as empty strings.
+
+    Raises SferdError for what is no table, and for one that lacks one of ``columns``.
+    """
     text = ("sgp", "z", "sampler", "features", "features_sha256")
-    table = pd.read_csv(path, dtype=dict.fromkeys(text, str))
+    if not is_file(path):
+        raise SferdError(f"{path} is missing")
+    try:
+        table = pd.read_csv(path, dtype=dict.fromkeys(text, str))
+    except (ValueError, OverflowError, OSError) as error:  # pandas' own are ValueErrors
+        raise SferdError(f"{Path(path).name} is no table: {error} ({path})") from None
+    if missing := [name for name in columns if name not in table]:
+        raise SferdError(f"{path} has no column '{missing[0]}'; expected {', '.join(columns)}")
     return table.fillna({name: "" for name in text if name in table})
 
 

@@ -1,7 +1,7 @@
 """Files that are written whole or not at all, and read without ever running code from them; and folders that one process works in.
 
-Tensors live in safetensors files whose one metadata entry, ``sferd_lab``, is a JSON object that says what they are. Nothing here
-or elsewhere in the package loads a pickle.
+Tensors live in safetensors files whose one metadata entry, ``sferd_lab``, is JSON: the SHA-256 of all that the file holds, and an object
+that says what it is. The first is a checksum against damage, not a signature. Nothing here or elsewhere in the package loads a pickle.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
+import torch
+import yaml
 from filelock import FileLock, SoftFileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -173,43 +176,140 @@ def write_json(path: Path | str, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
-def read_json(path: Path | str) -> Any:
-    """The value in a JSON file. Raises SferdError when it is missing or not JSON."""
+def is_file(path: Path | str) -> bool:
+    """Whether that file is there; a name that no file can have, too long or with a zero byte, is of none."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SferdError(f"{path} is missing") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def read_json(path: Path | str) -> Any:
+    """The value in a JSON file. Raises SferdError when it is missing or not JSON, as ``parse_json`` reads it."""
+    if not is_file(path):
+        raise SferdError(f"{path} is missing")
+    try:
+        return parse_json(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise SferdError(f"{path} is not JSON: {error}") from None
 
 
+def read_record(path: Path | str, *keys: str) -> dict[str, Any]:
+    """The object in a JSON file. Raises SferdError also for another value, and when it lacks one of ``keys``."""
+    record = read_json(path)
+    if not isinstance(record, dict):
+        raise SferdError(f"{path} holds a {type(record).__name__}; expected an object")
+    if missing := [key for key in keys if key not in record]:
+        raise SferdError(f"{path} has no '{missing[0]}'; expected an object with {', '.join(keys)}")
+    return record
+
+
+def parse_json(text: str) -> Any:
+    """The value that ``text`` spells in JSON. Raises SferdError for anything else.
+
+    As the standard has it and Python's own reader does not: no NaN or infinity, no number beyond a float's range, no name twice in an
+    object. An array within an array about a thousand times over is refused too.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"the name '{next(name for name in found if names.count(name) > 1)}' is twice in one object")
+        return found
+
+    def constant(name: str) -> None:
+        raise ValueError(f"{name} is no number of JSON's")
+
+    def finite(digits: str) -> float:
+        if not math.isfinite(value := float(digits)):
+            raise ValueError(f"the number {digits} is beyond a float's range")
+        return value
+
+    try:
+        return json.loads(text, object_pairs_hook=once, parse_constant=constant, parse_float=finite)
+    except (ValueError, RecursionError) as error:
+        raise SferdError(str(error)) from None
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Values alone: no Python objects, no names twice in a mapping, and no aliases, a few lines of which can stand for gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "an alias, which is not read", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            raise yaml.constructor.ConstructorError(None, None, "a name is twice in one mapping", node.start_mark)
+        return mapping
+
+
+def read_yaml(path: Path | str) -> Any:
+    """The value in a YAML file. Raises SferdError when it is missing or not plain YAML: tags of Python's and aliases are not read."""
+    if not is_file(path):
+        raise SferdError(f"{path} is missing")
+    try:
+        return yaml.load(Path(path).read_text(encoding="utf-8"), _PlainLoader)
+    # What PyYAML raises for a tag on a value that it does not fit (!!bool x, !!int "", !!timestamp x) is whatever its conversion met.
+    except (OSError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise SferdError(f"{path} cannot be read as YAML: {error}") from None
+
+
+def content_sha256(tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> str:
+    """The SHA-256, in hexadecimal, of what a file of ``save_tensors`` holds: each tensor's name, dtype, shape and bytes, and ``info``."""
+    digest = hashlib.sha256(json.dumps(info, sort_keys=True, allow_nan=False).encode())
+    for name, tensor in sorted(tensors.items()):
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-    """Write ``tensors`` and the JSON-able ``info`` to one safetensors file, whole or not at all.
+    """Write ``tensors`` and the JSON-able ``info`` to one safetensors file with their ``content_sha256``, whole or not at all.
 
     The same input gives the same bytes.
     """
+    # As it will be read: numbers that are names become text.
+    info = json.loads(json.dumps(info, allow_nan=False))
     # A single metadata entry, since safetensors does not keep the order of several.
-    metadata = {METADATA_KEY: json.dumps(info, sort_keys=True, allow_nan=False)}
+    metadata = {METADATA_KEY: json.dumps([content_sha256(tensors, info), info], sort_keys=True)}
     data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
     with replacing(path) as temporary:
         temporary.write_bytes(data)
 
 
 def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The (tensors, info) of a file made by ``save_tensors``. Raises SferdError when it is missing, altered or of another kind."""
-    if not Path(path).is_file():
+    """The (tensors, info) of a file made by ``save_tensors``. Raises SferdError when it is missing, altered or of another kind.
+
+    A file whose metadata are the object alone, as this package once wrote and ships, is read as it is: that its bytes are those that were
+    written is then known only where the file's own SHA-256 is (``made.json``, ``students.json``, the tables of scores).
+    """
+    if not is_file(path):
         raise SferdError(f"{path} is missing")
     try:
         with safe_open(path, framework="pt") as file:
-            info = json.loads((file.metadata() or {})[METADATA_KEY])
+            text = (file.metadata() or {}).get(METADATA_KEY)
+            if text is None:
+                raise SferdError(f"{path} was not written by sferd_lab: its metadata has no '{METADATA_KEY}' entry")
             # Clones, since what safe_open gives is a view of the file: changing the file would change it.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except KeyError:
-        raise SferdError(f"{path} was not written by sferd_lab: its metadata has no '{METADATA_KEY}' entry") from None
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+    except (SafetensorError, OSError) as error:
         raise SferdError(f"{path} is not a readable safetensors file: {error}") from None
-    if not isinstance(info, dict):
-        raise SferdError(f"{path}: the '{METADATA_KEY}' metadata is {type(info).__name__}; expected an object")
+    try:
+        info = parse_json(text)
+    except SferdError as error:
+        raise SferdError(f"{path} is not a readable safetensors file: its '{METADATA_KEY}' metadata is not JSON: {error}") from None
+    if isinstance(info, dict):
+        return tensors, info
+    if not isinstance(info, list) or [type(part) for part in info] != [str, dict]:
+        raise SferdError(f"{path}: the '{METADATA_KEY}' metadata is {type(info).__name__}; expected a SHA-256 and an object")
+    expected, info = info
+    if (found := content_sha256(tensors, info)) != expected:
+        raise SferdError(f"{path} was altered: its content has SHA-256 {found}; expected {expected}. Make the file again, or take a copy")
     return tensors, info
 
 

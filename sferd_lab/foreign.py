@@ -10,20 +10,25 @@ import copy
 import math
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from sferd_lab.denoiser import Denoiser, NetworkDenoiser, Prediction
 from sferd_lab.diffusion import HALF_PI, Angle, as_angle, phi_from_alpha_bar, v_from_eps, v_from_x0
 from sferd_lab.errors import SferdError
+from sferd_lab.files import read_record
+from sferd_lab.rebuild import at_most
 from sferd_lab.unet import AttentionMap, Capture, Features
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
+MOST_STEPS = 100_000  # of a scheduler; a hundred times the usual number
 
 
 class _Recorder:
@@ -111,7 +116,12 @@ class DiffusersUNet(nn.Module):
             )
         if unet.config.class_embed_type is not None:
             raise SferdError(f"the model's class_embed_type = '{unet.config.class_embed_type}'; allowed: None, with or without classes")
-        self.unet, self.scheduler = unet, DDIMScheduler.from_config(scheduler)
+        steps = scheduler.get("num_train_timesteps", 1000)
+        if type(steps) is not int or not 1 <= steps <= MOST_STEPS:
+            raise SferdError(f"the scheduler's num_train_timesteps = {steps!r}; allowed: 1 to {MOST_STEPS}")
+        # A schedule is numbers, wherever the network is built, be it without memory.
+        with torch.device("cpu"):
+            self.unet, self.scheduler = unet, DDIMScheduler.from_config(scheduler)
         phis = phi_from_alpha_bar(self.scheduler.alphas_cumprod.double())
         # With a last step of pure noise, noise is all that x tells: x0 does not follow from it.
         usable = phis[phis < HALF_PI - 1e-6] if self.predicts == "epsilon" else phis
@@ -253,12 +263,25 @@ def load_diffusers(source: str | Path) -> NetworkDenoiser:
     for part in ("unet/config.json", "scheduler/scheduler_config.json") if folder.is_dir() else ():
         if not (folder / part).is_file():
             raise SferdError(f"{folder} has no {part}; allowed: a folder written by save_pretrained of a diffusers pipeline")
+        read_record(folder / part)
     try:
-        unet = UNet2DModel.from_pretrained(source, subfolder="unet", use_safetensors=True)
+        with at_most(_tensors_in(folder / "unet")) if folder.is_dir() else nullcontext():
+            unet = UNet2DModel.from_pretrained(source, subfolder="unet", use_safetensors=True)
         scheduler = DDIMScheduler.load_config(source, subfolder="scheduler")
-    except (OSError, ValueError, TypeError) as error:
+        network = NetworkDenoiser(DiffusersUNet(unet, scheduler))
+    except SferdError as error:
+        raise SferdError(f"{source}: {error}") from None
+    except Exception as error:  # whatever diffusers makes of a configuration that it was never meant to be given
         raise SferdError(f"no diffusers teacher in {source}: {error}") from error
-    return NetworkDenoiser(DiffusersUNet(unet, scheduler)).eval()
+    return network.eval()
+
+
+def _tensors_in(folder: Path) -> int:
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            count += len(file.keys())
+    return count
 
 
 def save_diffusers(denoiser: NetworkDenoiser, folder: Path | str) -> None:

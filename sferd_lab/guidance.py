@@ -14,6 +14,7 @@ exactly w mask (x0_hat - blur(x0_hat)).
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -36,10 +37,11 @@ def gaussian_blur(images: Tensor, kernel: int, sigma: float) -> Tensor:
     Raises SferdError unless the kernel is odd, at most 2 min(H, W) - 1 (what reflection can fill), and sigma is positive.
     """
     largest = 2 * min(images.shape[-2:]) - 1
-    if kernel < 1 or kernel % 2 == 0 or kernel > largest:
+    if type(kernel) is not int or kernel < 1 or kernel % 2 == 0 or kernel > largest:
         raise SferdError(f"blur kernel = {kernel}; allowed: odd, 1 to {largest} for {images.shape[-2]}x{images.shape[-1]} images")
-    if not sigma > 0:
-        raise SferdError(f"blur sigma = {sigma}; allowed: above 0")
+    # Its square must not vanish in single precision.
+    if not 1e-6 < sigma < math.inf:
+        raise SferdError(f"blur sigma = {sigma}; allowed: above 0 (by 1e-6), finite")
     radius, channels = kernel // 2, images.shape[1]
     taps = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype) / sigma) ** 2)
     taps = (taps / taps.sum()).repeat(channels, 1, 1, 1)
@@ -69,6 +71,8 @@ def guidance_mask(attention: AttentionMap, x0: Tensor, threshold: float = 1.0, k
         return torch.ones_like(x0[:, :1])
     received = attention.received()
     size = received.shape[1:]
+    if not bool(received.isfinite().all()) or (kind == "edge" and not bool(x0.isfinite().all())):
+        raise SferdError("attention or x0 hold NaN or infinity; allowed: finite values. Has the teacher diverged?")
     marked = (received > threshold).flatten(1)
     if not bool(marked.any()) or bool(marked.all()):
         raise SferdError(
@@ -116,6 +120,8 @@ class GuidedDenoiser(Denoiser):
             raise SferdError(f"guidance form = '{form}'; allowed: {', '.join(FORMS)}")
         if mask not in MASKS:
             raise SferdError(f"guidance mask = '{mask}'; allowed: {', '.join(MASKS)}")
+        if not math.isfinite(weight) or not math.isfinite(threshold):
+            raise SferdError(f"guidance weight = {weight}, threshold = {threshold}; allowed: finite")
         self.teacher, self.weight, self.form, self.threshold, self.mask, self.seed = teacher, weight, form, threshold, mask, seed
         self.blur_kernel, self.blur_sigma = blur_kernel, blur_sigma
         self.layer = layer if layer is not None else default_layer(teacher.attention_layers)

@@ -20,12 +20,15 @@ from torch.nn import functional as F
 
 from sferd_lab.data import StoredImages
 from sferd_lab.errors import SferdError
-from sferd_lab.files import load_tensors, save_tensors, sha256
+from sferd_lab.files import load_tensors, read_record, save_tensors, sha256
+from sferd_lab.rebuild import rebuild
 
 METRICS = ("fd", "kid", "precision", "recall", "density", "coverage", "memorisation_ratio")
 KIND = "feature network"
 # Distances and kernels are taken a block of rows at a time; a block has about this many entries (8 MiB), which a cache may hold.
 BLOCK = 2**20
+# Of a feature: KID's error takes squares of cubes of products.
+LARGEST = 1e20
 
 
 class FeatureNetwork(nn.Module):
@@ -82,10 +85,13 @@ def _check_images(name: str, images: Tensor | StoredImages, real: bool) -> Tenso
 
 
 def _check_features(**arrays: np.ndarray) -> None:
-    """SferdError unless all are finite (N >= 2, dim) arrays of one dim."""
+    """SferdError unless all are finite (N >= 2, dim) floating-point arrays of one dim, whose twelfth powers are finite too."""
     for name, array in arrays.items():
-        if array.ndim != 2 or len(array) < 2 or not np.isfinite(array).all():
-            raise SferdError(f"{name}: features of shape {array.shape}; allowed: (N, dim), N >= 2, all finite")
+        sound = array.ndim == 2 and len(array) >= 2 and array.shape[1] > 0 and np.issubdtype(array.dtype, np.floating)
+        if not sound or not (np.abs(array) <= LARGEST).all():
+            raise SferdError(
+                f"{name}: features {array.dtype} of shape {array.shape}; allowed: floating-point (N, dim), N >= 2, all up to {LARGEST:g}"
+            )
     dims = {name: array.shape[1] for name, array in arrays.items()}
     if len(set(dims.values())) > 1:
         raise SferdError(f"features of different dims: {dims}; allowed: one dim for all")
@@ -112,8 +118,8 @@ def train_feature_network(
     if labels.shape != (len(images),) or labels.is_floating_point() or labels.min() < 0 or labels.max() >= classes:
         raise SferdError(f"labels: {labels.dtype} {tuple(labels.shape)}; allowed: {len(images)} integers from 0 to {classes - 1}")
     # One-cycle's warm-up is 30% of the steps less one: negative below 4.
-    if steps < 4 or batch_size < 1:
-        raise SferdError(f"steps = {steps}, batch_size = {batch_size}; allowed: steps >= 4, batch_size >= 1")
+    if steps < 4 or batch_size < 1 or not 0 < lr < math.inf:
+        raise SferdError(f"steps = {steps}, batch_size = {batch_size}, lr = {lr}; allowed: steps >= 4, batch_size >= 1, lr finite above 0")
     with torch.random.fork_rng(devices=[]):
         # The CPU's generator only: torch.manual_seed would reseed every GPU too, which this fork does not undo.
         torch.default_generator.manual_seed(seed)
@@ -136,12 +142,17 @@ def train_feature_network(
         F.cross_entropy(network(batch), labels[pick].to(images.device), label_smoothing=0.1).backward()
         optimiser.step()
         schedule.step()
+    if not all(bool(parameter.isfinite().all()) for parameter in network.parameters()):
+        raise SferdError(f"the feature network's weights became infinite or NaN in {steps} steps; allowed: a smaller lr than {lr}")
     return network.requires_grad_(False)
 
 
 @torch.inference_mode()
 def accuracy(network: FeatureNetwork, images: Tensor | StoredImages, labels: Tensor) -> float:
-    """Share of ``images`` (N, C, H, W) that the network gives their ``labels`` (N,)."""
+    """Share of ``images`` (N, C, H, W) in [-1, 1], N >= 2, that the network gives their ``labels`` (N,). Raises SferdError for others."""
+    images = _check_images("labelled", images, real=True)
+    if labels.shape != (len(images),):
+        raise SferdError(f"labels {tuple(labels.shape)}; allowed: ({len(images)},), one an image")
     return float(torch.cat([network(part).argmax(1) for part in images.split(1000)]).eq(labels).float().mean())
 
 
@@ -166,13 +177,10 @@ def load_feature_network(path: Path | str) -> tuple[FeatureNetwork, str]:
     state, info = load_tensors(path)
     if info.get("kind") != KIND or not isinstance(info.get("settings"), dict):
         raise SferdError(f"{path} holds {info.get('kind')!r}; expected {KIND!r} with its settings")
+    # Before the digest, which is of a network's single-precision numbers.
+    network = rebuild(lambda: FeatureNetwork(**info["settings"]), state, path)
     if _digest(state) != info.get("weights"):
         raise SferdError(f"{path} was altered: its weights do not have the digest that was saved with them")
-    try:
-        network = FeatureNetwork(**info["settings"])
-        network.load_state_dict(state)
-    except (TypeError, RuntimeError) as error:
-        raise SferdError(f"{path}: its weights do not fit its settings {info['settings']}: {error}") from None
     return network.requires_grad_(False), sha256(path)
 
 
@@ -245,6 +253,8 @@ def kid(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     _check_features(a=a, b=b)
     if min(len(a), len(b)) < 4:
         raise SferdError(f"KID of {len(a)} and {len(b)} images; allowed: 4 or more in each")
+    if a is b:  # which would be taken for one set's own kernel, without its diagonal
+        b = b.copy()
     rows, columns, squares = _kernel_sums(a, b)
     count, cross = len(a) * len(b), rows.sum()
     leftover = squares - (rows**2).sum() / len(b) - (columns**2).sum() / len(a) + cross**2 / count
@@ -296,7 +306,7 @@ def precision_recall_density_coverage(real: np.ndarray, fake: np.ndarray, k: int
 
 def memorisation_ratio(
     fake: np.ndarray, train: np.ndarray, reference: np.ndarray, *, seed: int = 0, resamples: int = 200
-) -> tuple[float, float]:
+) -> tuple[float, float | None]:
     """How near generated images lie to training images, over how near to equally many held-out ones; and its standard error.
 
     Features (N, dim), (T, dim), (R, dim). 1: no nearer than to held-out images; below 1: nearer to the training set; 0: copies.
@@ -305,7 +315,8 @@ def memorisation_ratio(
     original in one block, so 1/B of a memoriser's pooled distances are zeros, which a median misses for B >= 2: both sides are taken
     at the quantile 1/(2B), the median for B = 1. Whatever the fakes, if they do not depend on which images were trained on, blocks and
     reference are alike and the ratio is 1 but for sampling. The error is a bootstrap over the fakes: it leaves out the choice of
-    training and reference images, which the floor's spread has. Raises SferdError when the reference's quantile is 0.
+    training and reference images, which the floor's spread has, and is None where fewer than two resamples have a ratio. Raises SferdError
+    when the reference's quantile is 0.
     """
     from sklearn.metrics import pairwise_distances_argmin
 
@@ -335,7 +346,29 @@ def memorisation_ratio(
             f"memorisation ratio: at least {level:.0%} of the {len(fake)} fake images equal a reference image; allowed: fewer. "
             "Are reference images among the generated or training images?"
         )
-    return value, float(np.nanstd([ratio(rng.integers(len(fake), size=len(fake))) for _ in range(resamples)], ddof=1))
+    resampled = np.array([ratio(rng.integers(len(fake), size=len(fake))) for _ in range(resamples)])
+    return value, float(np.nanstd(resampled, ddof=1)) if np.isfinite(resampled).sum() > 1 else None
+
+
+def read_floors(path: Path | str, features_sha256: str, k: int) -> dict[int, dict[str, tuple[float, float]]]:
+    """The known floors on a feature network, at ``k`` neighbours, in a JSON file: by n and metric, mean and standard deviation.
+
+    Raises SferdError for a file that holds anything else.
+    """
+    entries = read_record(path).get(features_sha256, [])
+    try:
+        known = {entry["n"]: entry["floors"] for entry in entries if entry["k"] == k}
+        floors = {n: {name: (float(mean), float(spread)) for name, (mean, spread) in found.items()} for n, found in known.items()}
+        sound = all(type(n) is int and all(map(_is_floor, found.values())) for n, found in floors.items())
+    except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
+        raise SferdError(f"{path} holds no floors for {features_sha256}: {error}") from None
+    if not sound:
+        raise SferdError(f"{path}: a floor for {features_sha256} is no finite mean with a standard deviation of 0 or more")
+    return floors
+
+
+def _is_floor(floor: tuple[float, float]) -> bool:
+    return all(map(math.isfinite, floor)) and floor[1] >= 0
 
 
 @dataclass(frozen=True)
@@ -392,6 +425,9 @@ class Scorer:
         least = max(k, self.reference.shape[1])
         if len(self.reference) <= least:
             raise SferdError(f"{len(self.reference)} reference images; allowed: more than {least}, the larger of k and the network's dim")
+        for n, floor in (known_floors or {}).items():
+            if missing := [name for name in self.metrics if name not in floor]:
+                raise SferdError(f"the known floors at n = {n} have none of '{missing[0]}'; allowed: all of {', '.join(self.metrics)}")
         self._floors = {n: {name: tuple(floor[name]) for name in self.metrics} for n, floor in (known_floors or {}).items()}
 
     def _values(

@@ -100,8 +100,10 @@ class SemanticDenoiser(Denoiser):
 
     def __init__(self, base: NetworkDenoiser, z_dim: int, encoder_width: int = 32, blind: bool = False) -> None:
         super().__init__("gradient")
-        if z_dim < 1:
-            raise SferdError(f"z_dim = {z_dim}; allowed: 1 or more")
+        if type(z_dim) is not int or z_dim < 1:
+            raise SferdError(f"z_dim = {z_dim!r}; allowed: 1 or more")
+        if not isinstance(blind, bool):
+            raise SferdError(f"blind = {blind!r}; allowed: True, False")
         self.base, self.blind = base, blind
         is_foreign = not isinstance(base.network, UNet)
         self.gradient = base.network.gradient_predictor(z_dim) if is_foreign else GradientPredictor(base.network.shape, z_dim)
@@ -184,10 +186,15 @@ class LatentDenoiser(Denoiser):
 
 
 class DiffusionPrior(nn.Module):
-    """Codes by a small diffusion model: DDIM in ``steps`` steps over standardised codes, then back to z's own mean and scale."""
+    """Codes by a small diffusion model: DDIM in ``steps`` steps over standardised codes, then back to z's own mean and scale.
+
+    Raises SferdError unless ``steps`` is 1 to 10,000.
+    """
 
     def __init__(self, denoiser: LatentDenoiser, mean: Tensor, std: Tensor, steps: int = 20) -> None:
         super().__init__()
+        if type(steps) is not int or not 1 <= steps <= 10_000:
+            raise SferdError(f"steps = {steps!r} of the diffusion prior; allowed: 1 to 10000")
         self.denoiser, self.steps = denoiser, steps
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
@@ -204,11 +211,16 @@ class DiffusionPrior(nn.Module):
 
 
 class MixturePrior(nn.Module):
-    """Codes from a Gaussian mixture, fitted by scikit-learn: no network evaluation at all."""
+    """Codes from a Gaussian mixture, fitted by scikit-learn: no network evaluation at all.
+
+    weights (K,), means (K, z_dim), covariances (K, z_dim, z_dim). Raises SferdError as ``Mixture`` does, and for a singular covariance.
+    """
 
     def __init__(self, weights: Tensor, means: Tensor, covariances: Tensor) -> None:
         super().__init__()
         Mixture(weights, means, covariances, tuple(means.shape[1:]))  # validates
+        if covariances.ndim != 3 or bool(torch.linalg.cholesky_ex(covariances).info.any()):
+            raise SferdError(f"mixture prior: covariances {tuple(covariances.shape)} are diagonal or singular; expected full ones")
         self.register_buffer("weights", weights)
         self.register_buffer("means", means)
         self.register_buffer("covariances", covariances)
@@ -216,11 +228,13 @@ class MixturePrior(nn.Module):
 
     @classmethod
     def fit(cls, codes: Tensor, components: int, seed: int) -> MixturePrior:
-        """Maximum likelihood on ``codes`` (N, z_dim). Raises SferdError when there are fewer codes than components."""
+        """Maximum likelihood on ``codes`` (N, z_dim), N >= 2. Raises SferdError for fewer codes than components, or codes not finite."""
         from sklearn.mixture import GaussianMixture
 
-        if not 1 <= components <= len(codes):
-            raise SferdError(f"prior_components = {components} for {len(codes)} codes; allowed: 1 to one component a code")
+        if len(codes) < 2 or not 1 <= components <= len(codes):
+            raise SferdError(f"prior_components = {components} for {len(codes)} codes; allowed: 1 to one component a code, of two or more")
+        if not bool(codes.isfinite().all()):
+            raise SferdError("the codes hold NaN or infinity; allowed: finite values")
         fitted = GaussianMixture(components, random_state=seed, reg_covar=1e-3, max_iter=500).fit(codes.cpu().double().numpy())
         return cls(*(torch.from_numpy(np.asarray(part)).float() for part in (fitted.weights_, fitted.means_, fitted.covariances_)))
 
@@ -246,7 +260,7 @@ class KernelPrior(nn.Module):
 
     def __init__(self, codes: Tensor, bandwidth: Tensor | float) -> None:
         super().__init__()
-        bandwidth = torch.as_tensor(bandwidth, dtype=codes.dtype)
+        bandwidth = bandwidth if isinstance(bandwidth, Tensor) else torch.tensor(bandwidth, dtype=codes.dtype)
         if codes.ndim != 2 or not len(codes) or bandwidth.ndim or not 0 <= bandwidth < math.inf or not bool(codes.sum().isfinite()):
             raise SferdError(
                 f"kernel prior of codes {tuple(codes.shape)}, bandwidth {bandwidth.tolist()}; "

@@ -82,7 +82,10 @@ def ship_students(folder: str, *stages: str, beside: str = "") -> None:
     With ``beside`` they go into that folder of ``data/`` instead, which is in a clone only. A conditional pair brings its prior.
     """
     weights = Path(folder) / "weights"
-    target = shipped_folder() / beside / load_model(weights / f"{stages[0]}.safetensors")[1]["data"]
+    data = load_model(weights / f"{stages[0]}.safetensors")[1].get("data")
+    if not isinstance(data, str) or data in ("", ".", "..") or Path(data).name != data:
+        raise SferdError(f"{folder}: its weights were made on {data!r}; allowed: a data set's name, which becomes a folder's")
+    target = shipped_folder() / beside / data
     for stage in stages:
         tensors, info = load_tensors(weights / f"{stage}.safetensors")
         halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}

@@ -6,8 +6,10 @@ A sweep is a YAML file. Every combination of the values under ``grid`` is a run,
     parameters: {preset: digits}
     grid: {seed: [1, 2, 3], guidance_weight: [0.1, 0.3]}
 
-``python -m sferd_lab.sweep sweep.yaml FOLDER [workers=2] [scheduler=tcp://127.0.0.1:8786] [retries=1] [time_limit=7200]`` runs it: on
-processes of this machine, or on the workers of any Dask scheduler, which must see FOLDER under the same path and have this package. The
+``python -m sferd_lab.sweep sweep.yaml FOLDER [workers=2] [scheduler=tcp://127.0.0.1:8786] [retries=1] [time_limit=7200]
+[allow_outside=true]`` runs it: on processes of this machine, or on the workers of any Dask scheduler, which must see FOLDER under the same
+path and have this package. A sweep file may be someone else's: the notebook, ``data_folder`` and ``teacher_from`` that it names must lie
+inside the current folder, unless ``allow_outside`` says that they need not. Its values are data and never code; a notebook is code. The
 same command again, after an interruption or with more values, runs what is missing. Exit status: 0 when all runs are done, 1 when one
 failed, 2 when the sweep is refused, 130 when it was interrupted (Ctrl-C).
 
@@ -43,13 +45,12 @@ from typing import TYPE_CHECKING, Any
 
 import nbformat
 import pandas as pd
-import yaml
 from filelock import FileLock
 from tqdm import tqdm
 
-from sferd_lab.config import Settings, make_settings, parse_literals
+from sferd_lab.config import PLACES, Settings, check_inside, make_settings, parse_literals
 from sferd_lab.errors import SferdError
-from sferd_lab.files import project_folder, read_json, replacing, write_json, write_text
+from sferd_lab.files import is_file, project_folder, read_record, read_yaml, replacing, write_json, write_text
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -59,6 +60,7 @@ PLAIN = re.compile(r"(?!(true|false|null|nan|inf)\b)[a-z_][a-z0-9_.-]*")
 # YAML 1.1 reads 1e-3 as text, without a word.
 NEARLY_A_NUMBER = re.compile(r"[-+]?\d+[eE][-+]?\d+")
 LONGEST_NAME = 120  # of a run's folder; file systems take 255 bytes
+MOST_RUNS = 10_000  # twenty lines of a grid make more than there is time for
 LOCK = ".lock"
 
 
@@ -67,8 +69,8 @@ class Sweep:
     """Which runs there are: a notebook, parameters that all runs share, and values to combine.
 
     Raises SferdError for a parameter that the notebook does not have, that is given twice or that a sweep decides (``run_folder``), for
-    values that are no literals (text, a finite number, a bool, None, or a list of these), for empty or repeated values, and, if the
-    notebook's parameters are the experiment's settings, for a combination that ``make_settings`` refuses.
+    values that are no literals (text, a finite number, a bool, None, or a list of these), for empty or repeated values, for more than
+    10,000 runs, and, if the notebook's parameters are the experiment's settings, for a combination that ``make_settings`` refuses.
     """
 
     grid: Mapping[str, list[Any]]
@@ -97,6 +99,8 @@ class Sweep:
                 _check_literal(name, value)
             if len({json.dumps(value) for value in values}) != len(values):
                 raise SferdError(f"grid: {name} = {values!r}; allowed: different values")
+        if (count := math.prod(map(len, self.grid.values()))) > MOST_RUNS:
+            raise SferdError(f"the grid has {count} combinations; allowed: up to {MOST_RUNS} runs")
         if set(Settings.model_fields) <= known:
             for values in self.runs.values():
                 make_settings(**self.parameters, **values)
@@ -108,14 +112,13 @@ class Sweep:
         return {run_name(values): values for values in combinations}
 
 
-def read_sweep(path: Path | str) -> Sweep:
-    """The sweep in a YAML file; its ``notebook`` is relative to the current folder. Raises SferdError, also for keys it does not know."""
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SferdError(f"{path} is missing") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SferdError(f"{path} cannot be read as YAML: {error}") from None
+def read_sweep(path: Path | str, allow_outside: bool = False) -> Sweep:
+    """The sweep in a YAML file; its ``notebook`` is relative to the current folder.
+
+    Raises SferdError as ``Sweep`` does, for keys it does not know and, unless ``allow_outside``, for a notebook, ``data_folder`` or
+    ``teacher_from`` outside the current folder.
+    """
+    content = read_yaml(path)
     allowed = tuple(Sweep.__dataclass_fields__)
     if not isinstance(content, dict) or "grid" not in content:
         raise SferdError(f"{path} has no 'grid'; allowed: {', '.join(allowed)}")
@@ -124,8 +127,14 @@ def read_sweep(path: Path | str) -> Sweep:
     if "notebook" in content:
         if not isinstance(content["notebook"], str):
             raise SferdError(f"{path}: notebook = {content['notebook']!r}; allowed: the path of a notebook")
+        if not allow_outside:
+            check_inside(path, "notebook", content["notebook"])
         content["notebook"] = Path(content["notebook"])
-    return Sweep(**content)
+    sweep = Sweep(**content)
+    for name in PLACES if not allow_outside else ():
+        for value in [sweep.parameters.get(name), *sweep.grid.get(name, [])]:
+            check_inside(path, name, value)
+    return sweep
 
 
 def notebook_parameters(path: Path) -> set[str]:
@@ -133,7 +142,7 @@ def notebook_parameters(path: Path) -> set[str]:
     from papermill.exceptions import PapermillException
     from papermill.inspection import inspect_notebook
 
-    if not path.is_file():
+    if not is_file(path):
         raise SferdError(f"notebook {path} is missing")
     try:
         return set(inspect_notebook(_verbatim(path)))
@@ -204,9 +213,11 @@ def main(arguments: list[str]) -> int:
         if len(arguments) < 2:
             raise SferdError("usage: python -m sferd_lab.sweep SWEEP.yaml FOLDER [name=value ...]")
         options = parse_literals(arguments[2:])
-        if unknown := sorted(set(options) - {"workers", "scheduler", "retries", "time_limit"}):
-            raise SferdError(f"option '{unknown[0]}'; allowed: workers, scheduler, retries, time_limit")
-        runs = run_sweep(read_sweep(arguments[0]), arguments[1], **options)
+        if unknown := sorted(set(options) - {"workers", "scheduler", "retries", "time_limit", "allow_outside"}):
+            raise SferdError(f"option '{unknown[0]}'; allowed: workers, scheduler, retries, time_limit, allow_outside")
+        if str(allow := options.pop("allow_outside", False)).lower() not in ("true", "false"):
+            raise SferdError(f"allow_outside = {allow!r}; allowed: true, false")
+        runs = run_sweep(read_sweep(arguments[0], str(allow).lower() == "true"), arguments[1], **options)
     except SferdError as error:
         sys.stderr.write(f"{error}\n")
         return 2
@@ -314,7 +325,7 @@ def _claim(sweep: Sweep, folder: Path) -> dict[str, dict[str, Any]]:
     with FileLock(folder / LOCK):
         for name, mine in what.items():
             path = folder / name / "run.json"
-            if path.exists() and (theirs := read_json(path)) != mine:
+            if path.exists() and (theirs := read_record(path)) != mine:
                 raise SferdError(f"{path} says {theirs}, this sweep {mine}; allowed: the same, or another folder")
         for name, mine in what.items():
             if not (folder / name / "run.json").exists():
@@ -327,7 +338,7 @@ def _is_done(job: Mapping[str, Any]) -> bool:
     path = Path(job["folder"]) / "done.json"
     if not path.exists():
         return False
-    record = read_json(path)
+    record = read_record(path)
     if any(record.get(key) != value for key, value in job["what"].items()):
         raise SferdError(f"{path} is of a run with {record.get('parameters')}; allowed: {job['what']['parameters']}")
     return True
@@ -388,7 +399,10 @@ def _collect(folder: Path) -> pd.DataFrame:
             state = next((state for state in ("done", "failed") if (path / f"{state}.json").exists()), None)
             if state is None:
                 continue
-            record = read_json(path / f"{state}.json")
+            record = read_record(path / f"{state}.json", "grid", "attempts", "seconds")
+            numbers = all(isinstance(record[name], int | float | None) for name in ("attempts", "seconds"))
+            if not numbers or not isinstance(record["grid"], dict):
+                raise SferdError(f"{path / state}.json does not say what a run was; delete it, and the run is done again")
             grid = {name: json.dumps(value) if isinstance(value, list) else value for name, value in record["grid"].items()}
             key = {"run": path.name, **grid}
             line = {"state": state, "attempts": record["attempts"], "seconds": record["seconds"], "error": record.get("error", "")}
@@ -396,8 +410,8 @@ def _collect(folder: Path) -> pd.DataFrame:
                 try:
                     tables.append(read_table(path / "metrics.csv"))
                     keys.append(key)
-                except ValueError as error:
-                    line["error"] = f"metrics.csv is no table: {error}"
+                except SferdError as error:
+                    line["error"] = str(error)
             lines.append({name if name == "run" or name not in line else f"grid_{name}": value for name, value in key.items()} | line)
         runs = pd.DataFrame(lines).astype({"attempts": "Int64"})
         _write_table(runs, folder / "runs.csv")

@@ -12,7 +12,7 @@ import functools
 import json
 import math
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -81,7 +81,7 @@ class TrainSettings:
             if getattr(self, name) < 1:
                 raise SferdError(f"{name} = {getattr(self, name)}; allowed: 1 or more")
         for name in ("warmup", "weight_decay", "null_label", "z_dim", "z_noise", "checkpoint_every", "seed"):
-            if not getattr(self, name) >= 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise SferdError(f"{name} = {getattr(self, name)}; allowed: 0 or more")
         if not 0 <= self.label_dropout <= 1:
             raise SferdError(f"label_dropout = {self.label_dropout}; allowed: 0 to 1")
@@ -89,7 +89,7 @@ class TrainSettings:
             if not 0 <= getattr(self, name) < 1:
                 raise SferdError(f"{name} = {getattr(self, name)}; allowed: 0 to below 1")
         for name in ("lr", "clip"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise SferdError(f"{name} = {getattr(self, name)}; allowed: above 0")
 
     def lr_factor(self, step: int) -> float:
@@ -301,18 +301,22 @@ def load_checkpoint(path: Path, parts: dict[str, nn.Module], steering: Steering,
     """
     optimizer, scheduler = steering.optimizer, steering.scheduler
     tensors, info = load_tensors(path)
-    if info.get("kind") != "checkpoint" or info.get("version") != CHECKPOINT_VERSION:
+    if info.get("kind") != "checkpoint" or info.get("version") != CHECKPOINT_VERSION or not isinstance(info.get("settings"), dict):
         raise SferdError(f"{path} is not a checkpoint of version {CHECKPOINT_VERSION}")
     wanted = json.loads(json.dumps(asdict(settings)))
     differing = {name: (info["settings"].get(name), value) for name, value in wanted.items() if info["settings"].get(name) != value}
     if differing:
         name, (found, value) = next(iter(differing.items()))
         raise SferdError(f"{path} was made with {name} = {found}, this run has {name} = {value}; delete the file or use the same settings")
+    step, trained = info.get("step"), optimizer.param_groups[0]["params"]
+    if type(step) is not int or not 1 <= step <= settings.steps:
+        raise SferdError(f"{path} was made after step {step!r}; allowed: 1 to {settings.steps}; delete the file")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise SferdError(f"{path}: tensor '{name}' holds NaN or infinity; delete the file")
+    groups = _steered(info, steering, settings, step, path)
     for part, module in parts.items():
         load_part(module, tensors, f"{part}.", path)
-    trained = optimizer.param_groups[0]["params"]
-    if (count := len(info["param_groups"][0]["params"])) != len(trained):
-        raise SferdError(f"{path} was made training {count} tensors of the model, this run trains {len(trained)}; delete the file")
     # A parameter that never had a gradient has no state.
     moments = {
         f"{index}.{name}": torch.zeros(()) if name == "step" else parameter
@@ -321,26 +325,66 @@ def load_checkpoint(path: Path, parts: dict[str, nn.Module], steering: Steering,
         if f"optimizer.{index}.step" in tensors
     }
     state: dict[int, dict[str, Any]] = {}
-    for key, tensor in _matching(moments, tensors, "optimizer.", path).items():
+    for key, tensor in matching(moments, tensors, "optimizer.", path).items():
         index, name = key.split(".")
         # In the parameter's own layout in memory: the fused optimiser walks all of a parameter's tensors side by side.
         state.setdefault(int(index), {})[name] = torch.empty_like(moments[key]).copy_(tensor)
-    others = {name: tensor for name, tensor in tensors.items() if name.split(".")[0] not in (*parts, "optimizer")}
-    _matching({"losses": losses[: info["step"]]}, others, "", path)
-    optimizer.load_state_dict({"state": state, "param_groups": info["param_groups"]})
-    scheduler.last_epoch, scheduler._last_lr = info["scheduler"]["last_epoch"], info["scheduler"]["lr"]
+    others = {name: tensor for name, tensor in tensors.items() if not name.startswith((*(f"{part}." for part in parts), "optimizer."))}
+    matching({"losses": losses[:step]}, others, "", path)
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    scheduler.last_epoch, scheduler._last_lr = step, [group["lr"] for group in groups]
     if steering.scaler:
-        steering.scaler.load_state_dict(info["scaler"])
-    losses[: info["step"]] = tensors["losses"]
-    return int(info["step"])
+        _load_scaler(steering.scaler, info.get("scaler"), path)
+    losses[:step] = tensors["losses"]
+    return step
+
+
+def _steered(info: dict[str, Any], steering: Steering, settings: TrainSettings, step: int, path: Path) -> list[dict[str, Any]]:
+    """The optimiser's parameter groups after ``step``. All but the moments follows from the settings: a file that says else was altered."""
+    own, theirs = json.loads(json.dumps(steering.optimizer.state_dict()["param_groups"])), info.get("param_groups")
+    if not isinstance(theirs, list) or len(theirs) != 1 or not isinstance(theirs[0], dict) or not isinstance(theirs[0].get("params"), list):
+        raise SferdError(f"{path}: param_groups are {str(theirs)[:80]}; expected one group, with its params; delete the file")
+    if (count := len(theirs[0]["params"])) != (trained := len(own[0]["params"])):
+        raise SferdError(f"{path} was made training {count} tensors of the model, this run trains {trained}; delete the file")
+    rate = settings.lr * settings.lr_factor(step)
+    expected = {f"param_groups' {name}": value for name, value in own[0].items()} | {"param_groups' lr": rate}
+    expected |= {"scheduler": {"last_epoch": step, "lr": [rate]}, "random": {"seed": settings.seed, "step": step}}
+    found = {f"param_groups' {name}": value for name, value in theirs[0].items()}
+    found |= {name: info.get(name) for name in ("scheduler", "random")}
+    # A name that this version of torch's optimiser has and the file's had not, or the other way round, is no fault.
+    for name in (name for name in expected if name in found):
+        if not _alike(found[name], expected[name]):
+            raise SferdError(f"{path}: {name} is {str(found[name])[:80]}; expected {expected[name]} after step {step}; delete the file")
+    return [{**own[0], "lr": theirs[0].get("lr", rate)}]
+
+
+def _alike(found: Any, expected: Any) -> bool:
+    """Whether two values of JSON are the same; learning rates, which another machine may round otherwise, to nine digits."""
+    if isinstance(expected, float):
+        return type(found) in (int, float) and math.isclose(found, expected, rel_tol=1e-9, abs_tol=1e-15)
+    if isinstance(expected, dict):
+        return isinstance(found, dict) and found.keys() == expected.keys() and all(_alike(found[key], expected[key]) for key in expected)
+    if isinstance(expected, list):
+        return isinstance(found, list) and len(found) == len(expected) and all(map(_alike, found, expected))
+    return type(found) is type(expected) and found == expected
+
+
+def _load_scaler(scaler: torch.amp.GradScaler, state: Any, path: Path) -> None:
+    own = scaler.state_dict()
+    numbers = isinstance(state, dict) and state.keys() == own.keys() and all(type(value) in (int, float) for value in state.values())
+    # The scale and its factors multiply; the interval and the tracker count.
+    if not numbers or any(value <= 0 for name, value in state.items() if name != "_growth_tracker"):
+        raise SferdError(f"{path}: the scaler is {str(state)[:80]}; expected positive numbers under {', '.join(own)}; delete the file")
+    scaler.load_state_dict(state)
 
 
 def load_part(module: nn.Module, tensors: dict[str, Tensor], prefix: str, path: Path | str) -> None:
     """Load the tensors whose names begin with ``prefix`` into ``module``. Raises SferdError for a missing, extra or misshapen one."""
-    module.load_state_dict(_matching(module.state_dict(), tensors, prefix, path))
+    module.load_state_dict(matching(module.state_dict(), tensors, prefix, path))
 
 
-def _matching(wanted: dict[str, Tensor], tensors: dict[str, Tensor], prefix: str, path: Path | str) -> dict[str, Tensor]:
+def matching(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], prefix: str, path: Path | str) -> dict[str, Tensor]:
+    """The tensors whose names begin with ``prefix``, without it. Raises SferdError unless they have the names, shapes and dtypes wanted."""
     found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     for name in dict.fromkeys([*wanted, *found]):
         if name not in found or name not in wanted:

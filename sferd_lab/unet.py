@@ -188,6 +188,9 @@ class UNetSettings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", tuple(self.widths))
         object.__setattr__(self, "attention", tuple(self.attention))
+        for name, value in self.__dict__.items():
+            if any(type(number) is not int for number in (value if isinstance(value, tuple) else (value,))):
+                raise SferdError(f"{name} = {value!r}; allowed: whole numbers")
         for name, value in (
             ("channels", self.channels),
             ("blocks", self.blocks),

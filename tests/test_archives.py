@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import io
+import os
 import tarfile
+import tracemalloc
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -217,3 +221,99 @@ def test_the_archive_is_looked_for_in_the_projects_data(tmp_path: Path, monkeypa
     monkeypatch.setattr(data, "project_folder", lambda: tmp_path)
     with pytest.raises(SferdError, match=r"data/cifar10/cifar-10-binary.tar.gz is missing"):
         load_images("cifar10")
+
+
+# Bombs, names and formats
+
+
+def test_a_file_is_opened_by_the_six_formats_readers_alone_whatever_it_is_called(tmp_path: Path) -> None:
+    # Pillow's reader of EPS would start Ghostscript on it.
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    path = tmp_path / "picture.png"
+    path.write_bytes(postscript)
+    with Image.open(path) as opened:
+        assert opened.format == "EPS"
+    with pytest.raises(SferdError, match=r"picture.png cannot be read as an image .*; allowed: whole files of .png"):
+        read_image(path, 8, False)
+    for kind in ("PPM", "TGA", "PCX", "ICO"):
+        picture(0, (16, 16)).save(path, kind)
+        with pytest.raises(SferdError, match="cannot be read as an image"):
+            read_image(path, 8, False)
+
+
+@pytest.mark.parametrize("kind", archives.FORMATS)
+def test_each_of_the_formats_is_read(tmp_path: Path, kind: str) -> None:
+    picture(0, (8, 8)).save(tmp_path / "a.png", kind)
+    assert read_image(tmp_path / "a.png", 8, False).shape == (3, 8, 8)
+
+
+def test_a_name_that_is_no_text_is_a_name(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "set", 30, ())
+    (folder / "0.png").rename(os.fsdecode(os.fsencode(folder) + b"/\xff.png"))
+    assert sum(len(images) for images, _ in read_folder(folder, 7)[0].values()) == 30
+
+
+def test_an_archive_that_unpacks_to_more_than_it_should_is_not_unpacked(tmp_path: Path) -> None:
+    archive, _ = cifar(tmp_path / "whole.tar.gz")
+    bomb = tmp_path / "bomb.tar.gz"
+    with gzip.open(archive) as whole, gzip.open(bomb, "wb", compresslevel=1) as packed:
+        packed.write(whole.read())
+        for _ in range(64):
+            packed.write(bytes(1 << 20))
+    assert bomb.stat().st_size < 2**20
+    tracemalloc.start()
+    try:
+        with pytest.raises(SferdError, match=r"unpacks to more than \d+ bytes; expected CIFAR-10 as it was published"):
+            read_cifar10(bomb, sha256(bomb), 20)
+        assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["../data_batch_1.bin", "/etc/passwd", "cifar-10-batches-bin/../../data_batch_1.bin"])
+def test_names_that_lead_elsewhere_are_not_followed(tmp_path: Path, name: str) -> None:
+    archive, records = cifar(tmp_path / "a.tar.gz", data_batch_1=None)
+    packed = tmp_path / "inside" / "b.tar.gz"
+    packed.parent.mkdir()
+    with tarfile.open(archive) as old, tarfile.open(packed, "w:gz") as new:
+        for member in old:
+            new.addfile(member, old.extractfile(member))
+        entry = tarfile.TarInfo(name)
+        entry.size = 20 * 3073
+        new.addfile(entry, io.BytesIO(records["data_batch_1"].tobytes()))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SferdError, match=r"has no cifar-10-batches-bin/data_batch_1.bin"):
+        read_cifar10(packed, sha256(packed), 20)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def npz(path: Path, packing: int, version: tuple[int, int] = (1, 0)) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, values in (("data", np.zeros((2, 12_288), np.uint8)), ("labels", np.array([1, 2]))):
+            content = io.BytesIO()
+            np.lib.format.write_array(content, values, version)
+            archive.writestr(f"{name}.npy", content.getvalue(), packing)
+    return path
+
+
+def test_arrays_that_cannot_be_unpacked_a_piece_at_a_time_are_refused(tmp_path: Path) -> None:
+    for packing in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        assert len(archives._imagenet_labels(npz(tmp_path / "a.npz", packing))) == 2
+    for packing in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        with pytest.raises(SferdError, match=r"labels in .* is packed in another way than numpy's; expected it stored or deflated"):
+            archives._imagenet_labels(npz(tmp_path / "a.npz", packing))
+
+
+def test_a_header_that_may_be_gigabytes_long_is_not_read(tmp_path: Path) -> None:
+    with pytest.raises(SferdError, match=r"is no .npy file \(version 2.0\); expected one of version 1.0"):
+        archives._imagenet_labels(npz(tmp_path / "a.npz", zipfile.ZIP_DEFLATED, (2, 0)))
+    bomb = tmp_path / "bomb.npz"
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("labels.npy", b"\x93NUMPY\x02\x00" + (1 << 26).to_bytes(4, "little") + bytes(1 << 26))
+    tracemalloc.start()
+    try:
+        with pytest.raises(SferdError, match=r"is no .npy file"):
+            archives._imagenet_labels(bomb)
+        assert tracemalloc.get_traced_memory()[1] < 4 * 2**20
+    finally:
+        tracemalloc.stop()

@@ -244,9 +244,10 @@ def test_what_makes_codes_is_no_model_of_images(tmp_path: Path, kind: str) -> No
 
 def test_a_model_saved_without_its_images_shape_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
-    save_model(path, network(), {})
-    with pytest.raises(SferdError, match=r"does not say the shape of its images; allowed: .* shape = \[C, H, W\]"):
-        load(path)
+    for shape in (None, [1, 8], [1, 8, "8"], [1, 8.0, 8], "188", [3, 8, 8], [1, 0, 8], [1, 8, 10**9], [1, -8, 8], {"0": 1}):
+        save_model(path, network(), {"shape": shape})
+        with pytest.raises(SferdError, match=r"does not say the shape of its images: .*; allowed: .* shape = \[1, H, W\]"):
+            load(path)
 
 
 def test_a_saved_model_is_loaded_by_its_path_and_samples(tmp_path: Path) -> None:

@@ -286,6 +286,10 @@ def test_without_ipython_the_settings_in_the_namespace_are_found() -> None:
 # ---- from a command line
 
 
+def test_a_name_that_was_deleted_since_is_no_parameter() -> None:
+    assert notebook_parameters({"In": ["", "seed = 1\ngone = 2", "notebook_parameters(globals())"], "seed": 1}) == {"seed": 1}
+
+
 def test_command_line_words_become_parameters() -> None:
     words = ["seed=3", "teacher_lr=1e-3", "guided=(True,)", "methods=['pd']", "data=digits", "run_folder=runs/a=b", "image_size=None"]
     assert parse_literals(words) == {

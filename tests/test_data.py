@@ -1,9 +1,16 @@
 """Data sets, the IDX reader and Gaussian mixtures."""
 
+import email
 import gzip
 import hashlib
+import io
 import math
 import struct
+import threading
+import urllib.request
+import urllib.response
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from urllib.request import HTTPSHandler
 
 import numpy as np
 import pytest
@@ -337,6 +344,74 @@ def test_a_bad_download_leaves_nothing_behind(no_files, monkeypatch, spoil):
     monkeypatch.setattr(data, "urlopen", lambda url, timeout: Response(gzip.compress(spoil(contents[name]), mtime=0)))
     with pytest.raises(SferdError, match=r"https://.*t10k-labels.*expected .*To get Fashion-MNIST"):
         data._fashion_file(name)
+    assert not no_files.exists()
+
+
+class Redirect(HTTPSHandler):
+    """Answers every request with a redirection."""
+
+    def __init__(self, target):
+        super().__init__()
+        self.target = target
+
+    def https_open(self, request):
+        message = email.message_from_string(f"Location: {self.target}\n\n")
+        response = urllib.response.addinfourl(io.BytesIO(), message, request.full_url, 302)
+        response.msg = "Found"
+        return response
+
+
+class Seen(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.seen.append(self.path)
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def http_server():
+    with HTTPServer(("127.0.0.1", 0), Seen) as server:
+        server.seen = []
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def test_only_https_is_spoken_also_where_one_is_sent_on(http_server, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    target = f"http://127.0.0.1:{http_server.server_port}/file"
+    # Against Python's own opener, which goes wherever it is sent.
+    assert urllib.request.build_opener(Redirect(target)).open("https://127.0.0.1/file", timeout=10).status == 200
+    assert http_server.seen == ["/file"]
+    opener = data.https_opener()
+    for url in (target, f"ftp://127.0.0.1:{http_server.server_port}/file", "file:///etc/passwd", "data:,x"):
+        with pytest.raises(OSError, match="unknown url type"):
+            opener.open(url, timeout=10)
+    opener.handle_open["https"] = [Redirect(target)]
+    opener.handle_open["https"][0].add_parent(opener)
+    with pytest.raises(OSError, match="unknown url type: http"):
+        opener.open("https://127.0.0.1/file", timeout=10)
+    assert http_server.seen == ["/file"]
+
+
+def test_a_download_is_never_read_beyond_its_bound(no_files, monkeypatch):
+    small_files(monkeypatch)
+    asked = []
+
+    class Endless(Response):
+        def read(self, size=-1):
+            asked.append(size)
+            return bytes(8)
+
+    monkeypatch.setattr(data, "urlopen", lambda url, timeout: Endless(b""))
+    with pytest.raises(SferdError, match="expected an IDX file"):
+        data._fashion_file("t10k-labels-idx1-ubyte")
+    assert asked == [data.MAX_BYTES]
     assert not no_files.exists()
 
 

@@ -10,7 +10,19 @@ import safetensors.torch
 import torch
 
 from sferd_lab.errors import SferdError
-from sferd_lab.files import METADATA_KEY, load_tensors, read_json, replacing, save_tensors, sha256, write_json, write_text
+from sferd_lab.files import (
+    METADATA_KEY,
+    content_sha256,
+    load_tensors,
+    read_json,
+    read_record,
+    read_yaml,
+    replacing,
+    save_tensors,
+    sha256,
+    write_json,
+    write_text,
+)
 
 TENSORS = {
     "weights": torch.arange(6.0).reshape(2, 3),
@@ -102,12 +114,79 @@ def test_missing_json_is_an_error_that_names_the_file(tmp_path):
         read_json(tmp_path / "none.json")
 
 
-@pytest.mark.parametrize("content", [b'{"a": 1', b"", b"\xff\xfe", b"[" * 100_000], ids=["cut short", "empty", "not text", "too deep"])
+BAD_JSON = {
+    "cut short": b'{"a": 1',
+    "empty": b"",
+    "not text": b"\xff\xfe",
+    "too deep": b"[" * 100_000,
+    "a name twice": b'{"a": 1, "b": {"c": 2, "c": 3}}',
+    "not a number": b'{"a": NaN}',
+    "infinity": b'{"a": -Infinity}',
+    "beyond a float": b'{"a": 1e999}',
+    "beyond an int": b"9" * 10_000,
+}
+
+
+@pytest.mark.parametrize("content", BAD_JSON.values(), ids=BAD_JSON)
 def test_bad_json_is_an_error_that_names_the_file(tmp_path, content):
     path = tmp_path / "bad.json"
     path.write_bytes(content)
     with pytest.raises(SferdError, match=r"bad\.json is not JSON"):
         read_json(path)
+
+
+def test_a_record_is_an_object_with_what_is_asked_of_it(tmp_path):
+    path = tmp_path / "record.json"
+    write_json(path, {"a": 1})
+    assert read_record(path, "a") == {"a": 1}
+    with pytest.raises(SferdError, match=r"record.json has no 'b'; expected an object with a, b"):
+        read_record(path, "a", "b")
+    write_json(path, [1])
+    with pytest.raises(SferdError, match=r"record.json holds a list; expected an object"):
+        read_record(path)
+
+
+BOMB = "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nd: [*c, *c]"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: [1",
+        "a: !!python/object/apply:os.getcwd []",
+        "a: !!python/name:os.system",
+        "a: !<tag:yaml.org,2002:python/object/new:os.system> [echo]",
+        BOMB,
+        "a: &a [*a]",
+        "a: 1\na: 2",
+        "a: !!bool x",
+        "a: !!int ''",
+        "a: !!timestamp x",
+        "a: 2026-13-45",
+        "[" * 5000,
+        "\ud800",
+    ],
+)
+def test_yaml_that_is_more_than_plain_values_is_refused(tmp_path, text):
+    path = tmp_path / "file.yaml"
+    path.write_text(text, errors="surrogatepass")
+    with pytest.raises(SferdError, match=r"file.yaml cannot be read as YAML"):
+        read_yaml(path)
+
+
+def test_plain_yaml_is_read(tmp_path):
+    path = tmp_path / "file.yaml"
+    path.write_text("a: [1, 2.5, text, null, true]\nb: {c: -1}\n")
+    assert read_yaml(path) == {"a": [1, 2.5, "text", None, True], "b": {"c": -1}}
+    with pytest.raises(SferdError, match=r"none.yaml is missing"):
+        read_yaml(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a\x00b"])
+@pytest.mark.parametrize("read", [read_json, read_yaml, load_tensors])
+def test_a_name_that_no_file_can_have_is_of_a_missing_one(tmp_path, read, name):
+    with pytest.raises(SferdError, match="is missing"):
+        read(tmp_path / name)
 
 
 # ---- tensors
@@ -157,7 +236,57 @@ def test_loaded_tensors_do_not_change_with_the_file(tmp_path):
         file.seek(-4000, os.SEEK_END)
         file.write(bytes(4000))
     assert tensors["a"].tolist() == [1] * 1000
-    assert load_tensors(path)[0]["a"].tolist() == [0] * 1000
+    with pytest.raises(SferdError, match="was altered"):
+        load_tensors(path)
+
+
+# ---- what was altered
+
+
+def test_every_bit_of_a_file_counts(tmp_path):
+    path = tmp_path / "file.safetensors"
+    save_tensors(path, TENSORS, INFO)
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << place % 8)]) + whole[place + 1 :])
+        try:
+            tensors, info = load_tensors(path)
+        except SferdError:
+            continue
+        # Another spelling of the same: capitals in an escape or, in safetensors' own header, a space.
+        assert info == INFO
+        assert all(torch.equal(tensors[name], TENSORS[name]) for name in TENSORS | tensors)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "info"),
+    [
+        ({**TENSORS, "labels": torch.tensor([3, 1, 4])}, INFO),
+        ({**TENSORS, "weights": TENSORS["weights"].reshape(3, 2)}, INFO),
+        ({**TENSORS, "mask": TENSORS["mask"].to(torch.uint8)}, INFO),
+        ({("Labels" if name == "labels" else name): tensor for name, tensor in TENSORS.items()}, INFO),
+        ({name: tensor for name, tensor in TENSORS.items() if name != "empty"}, INFO),
+        (TENSORS, {**INFO, "widths": [8, 17]}),
+    ],
+)
+def test_a_hash_of_other_values_shapes_types_names_or_words_is_not_this_ones(tensors, info):
+    assert content_sha256(tensors, info) != content_sha256(TENSORS, INFO)
+
+
+def test_a_file_without_a_hash_is_read_as_it_is_and_gets_one_when_it_is_saved_again(tmp_path):
+    path = tmp_path / "old.safetensors"
+    safetensors.torch.save_file({"a": torch.ones(3)}, path, {METADATA_KEY: json.dumps(INFO)})
+    tensors, info = load_tensors(path)
+    assert info == INFO
+    save_tensors(path, tensors, info)
+    with safetensors.safe_open(path, "pt") as file:
+        assert json.loads(file.metadata()[METADATA_KEY]) == [content_sha256(tensors, INFO), INFO]
+
+
+def test_names_that_are_numbers_are_hashed_as_they_are_read(tmp_path):
+    path = tmp_path / "numbers.safetensors"
+    save_tensors(path, {"a": torch.ones(3)}, {"n": {10: "ten", 9: "nine"}})
+    assert load_tensors(path)[1] == {"n": {"10": "ten", "9": "nine"}}
 
 
 def test_missing_tensors_are_an_error_that_names_the_file(tmp_path):
@@ -173,7 +302,16 @@ def test_a_safetensors_file_of_someone_else_is_refused(tmp_path, metadata):
         load_tensors(path)
 
 
-@pytest.mark.parametrize(("metadata", "message"), [("{", "not a readable"), ("[1]", "is list; expected an object")])
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ("[1]", "is list; expected a SHA-256 and an object"),
+        ("3", "is int; expected"),
+        ('["a", {}, {}]', "is list; expected"),
+        ('["a", {}]', "was altered"),
+        *((text.decode("latin-1"), "not a readable") for text in BAD_JSON.values()),
+    ],
+)
 def test_a_description_that_is_no_json_object_is_refused(tmp_path, metadata, message):
     path = tmp_path / "odd.safetensors"
     safetensors.torch.save_file({"a": torch.zeros(1)}, path, {METADATA_KEY: metadata})

@@ -8,9 +8,12 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
+import licences
 import nbformat
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -40,6 +43,37 @@ def test_every_dependency_is_pinned_to_a_version_it_allows() -> None:
         assert requirement.specifier.contains(PINS[canonicalize_name(requirement.name)]), (
             f"{requirement} excludes the pin {PINS[canonicalize_name(requirement.name)]}"
         )
+
+
+def test_what_the_dependencies_need_is_pinned_too() -> None:
+    """Of what is installed: an extra that is not here can say nothing about itself."""
+    waiting, seen = [(requirement.name, frozenset(requirement.extras)) for requirement in needed()], set()
+    while waiting:
+        name, extras = waiting.pop()
+        if (canonicalize_name(name), extras) in seen:
+            continue
+        seen.add((canonicalize_name(name), extras))
+        try:
+            texts = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue
+        for requirement in map(Requirement, texts):
+            environments = [{"extra": extra} for extra in extras] or [{"extra": ""}]
+            if requirement.marker is None or any(requirement.marker.evaluate(environment) for environment in environments):
+                waiting.append((requirement.name, frozenset(requirement.extras)))
+    found = {name for name, _ in seen}
+    # What only tools that come with Python's own environments need, and CUDA's parts of torch, which its CPU build has not.
+    unpinned = {name for name in found - PINS.keys() if not name.startswith(("nvidia-", "cuda-", "triton"))}
+    assert unpinned <= {"setuptools", "pip"}
+
+
+def test_the_table_of_licences_is_what_the_installed_packages_state() -> None:
+    recorded = pd.read_csv(licences.TABLE, keep_default_na=False).set_index("package")
+    assert recorded["extra"].to_dict() == dict(sorted(licences.direct().items()))
+    for name, stated in recorded["licence"].items():
+        here = licences.licence(name)
+        if licences.NOT_HERE not in (here, stated) and metadata.version(name).split("+")[0] == PINS[canonicalize_name(name)]:
+            assert stated == here
 
 
 def test_conda_takes_python_and_pip_and_leaves_the_rest_to_the_same_pins() -> None:

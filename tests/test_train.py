@@ -712,7 +712,90 @@ def test_the_scaler_of_the_loss_goes_on_where_it_was(tmp_path):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, settings.lr_factor)
         steering = Steering(optimizer, scheduler, torch.amp.GradScaler("cpu", init_scale=scale))
         if not path.exists():
+            scheduler.last_epoch, scheduler._last_lr = 2, [optimizer.param_groups[0]["initial_lr"] * settings.lr_factor(2)]
+            optimizer.param_groups[0]["lr"] = scheduler._last_lr[0]
             save_checkpoint(path, {"model": model}, steering, settings, losses[:2])
         load_checkpoint(path, {"model": model}, steering, settings, losses)
         kept[scale] = steering.scaler.get_scale()
     assert kept == {8.0: 8.0, 65536.0: 8.0}
+
+
+# ---- checkpoints that say what they should not, with the right hash
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"settings": [1]}, "is not a checkpoint of version 1"),
+        ({"settings": None}, "is not a checkpoint of version 1"),
+        ({"version": "1"}, "is not a checkpoint of version 1"),
+        ({"step": -1}, "after step -1; allowed: 1 to 6"),
+        ({"step": 2.0}, "after step 2.0; allowed: 1 to 6"),
+        ({"step": 7}, "after step 7; allowed: 1 to 6"),
+        ({"step": True}, "after step True; allowed: 1 to 6"),
+        ({"step": 10**30}, "after step 1000.*; allowed: 1 to 6"),
+        ({"step": None}, "after step None; allowed: 1 to 6"),
+        ({"step": 3}, "param_groups' lr is .*; expected .* after step 3"),
+        ({"param_groups": []}, r"param_groups are \[\]; expected one group"),
+        ({"param_groups": [{}]}, r"param_groups are \[{}\]; expected one group"),
+        ({"param_groups": [{"params": 3}]}, "expected one group"),
+        ({"param_groups": {"0": 1}}, "expected one group"),
+        ({"param_groups lr": 1e9}, "param_groups' lr is 1000000000.0; expected"),
+        ({"param_groups lr": "nan"}, "param_groups' lr is nan; expected"),
+        ({"param_groups betas": [0.9]}, r"param_groups' betas is \[0.9\]; expected"),
+        ({"param_groups betas": [2.0, 0.99]}, r"param_groups' betas is \[2.0, 0.99\]; expected"),
+        ({"param_groups maximize": True}, "param_groups' maximize is True; expected False"),
+        ({"param_groups params": ["a"] * 14}, "param_groups' params is"),
+        ({"scheduler": None}, "scheduler is None; expected"),
+        ({"scheduler": {"last_epoch": 2, "lr": [1.0]}}, "scheduler is .*; expected"),
+        ({"scheduler": {"last_epoch": 5, "lr": []}}, "scheduler is .*; expected"),
+        ({"random": {"seed": 1, "step": 2}}, "random is .*; expected"),
+    ],
+)
+def test_a_checkpoint_that_contradicts_its_settings_is_refused_in_words(checkpoint, change, words):
+    tensors, info = load_tensors(checkpoint)
+    for name, value in change.items():
+        group, _, field = name.partition(" ")
+        if field:
+            info[group][0][field] = value
+        else:
+            info[name] = value
+    save_tensors(checkpoint, tensors, info)
+    with pytest.raises(SferdError, match=words):
+        resume(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["model.network.head.bias", "optimizer.0.exp_avg_sq", "losses"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_checkpoint_with_numbers_that_are_not_finite_is_refused(checkpoint, name, value):
+    tensors, info = load_tensors(checkpoint)
+    save_tensors(checkpoint, {**tensors, name: torch.full_like(tensors[name], value)}, info)
+    with pytest.raises(SferdError, match=f"tensor '{name}' holds NaN or infinity; delete the file"):
+        resume(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["model", "ema", "optimizer", ""])
+def test_a_tensor_with_the_bare_name_of_a_part_is_not_overlooked(checkpoint, name):
+    tensors, info = load_tensors(checkpoint)
+    save_tensors(checkpoint, {**tensors, name: torch.zeros(1)}, info)
+    with pytest.raises(SferdError, match=f"tensor '{name}' is not one of this model"):
+        resume(checkpoint)
+
+
+@pytest.mark.parametrize("state", [None, [], {}, {"scale": -1.0}, "own scale 0", "own growth_factor a"])
+def test_a_scaler_that_is_none_is_refused(tmp_path, state):
+    path, settings, losses = tmp_path / "checkpoint.safetensors", options(), torch.zeros(6, dtype=torch.float64)
+    model = small()
+    optimizer = torch.optim.AdamW(model.parameters())
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, settings.lr_factor)
+    optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["initial_lr"] * settings.lr_factor(2)
+    scheduler.last_epoch, scheduler._last_lr = 2, [optimizer.param_groups[0]["lr"]]
+    steering = Steering(optimizer, scheduler, torch.amp.GradScaler("cpu"))
+    save_checkpoint(path, {"model": model}, steering, settings, losses[:2])
+    tensors, info = load_tensors(path)
+    if isinstance(state, str):
+        _, name, value = state.split()
+        state = info["scaler"] | {name: 0 if value == "0" else value}
+    save_tensors(path, tensors, info | {"scaler": state})
+    with pytest.raises(SferdError, match=r"the scaler is .*; expected positive numbers under scale, "):
+        load_checkpoint(path, {"model": model}, steering, settings, losses)

@@ -97,7 +97,10 @@ def nested_variance(values: Tensor, levels: int, unbiased: bool = True) -> list[
 
     ``values`` (L1, ..., Ln, ...), each level nested in the one before. Level i's estimate is the mean variance of the level's means less
     what the levels below put into them. ``unbiased=False`` is the plug-in version, which divides by counts and subtracts nothing.
+    Raises SferdError for fewer than 2 of a level, which have no variance.
     """
+    if min(values.shape[:levels], default=2) < 2:
+        raise SferdError(f"values {tuple(values.shape)} of {levels} levels; allowed: 2 or more of each, since a variance needs two")
     components: list[Tensor] = []
     below: Tensor | float = 0.0
     for axis in reversed(range(levels)):
@@ -154,7 +157,8 @@ def decompose(
     ``levels`` names the axes of ``students`` before N, from the first; each is nested in the one before and ``teachers`` has all but the
     last (or, with a level "z" of codes drawn from a prior, all but the last two). ("data", "teacher", "student") separates the bootstrap
     sample from the seed. The first level's units must be independent. ``unbiased=False`` is the plug-in estimate, which charges variance
-    as bias: teacher_bias too large by s_T^2 / K. Raises SferdError for fewer than 2 of anything, and for shapes that do not fit.
+    as bias: teacher_bias too large by s_T^2 / K. Raises SferdError for fewer than 2 of anything, for values not finite, and for
+    shapes that do not fit.
     """
     depth, point = len(levels), students.shape[len(levels) :]
     if depth < 2 or len(set(levels)) < depth:
@@ -170,6 +174,9 @@ def decompose(
             f"teachers have shape {tuple(teachers.shape)}, students {tuple(students.shape)}; "
             f"allowed: the students' upper levels, then {tuple(point)}"
         )
+    for name, values in {"students": students, "teachers": teachers, "m": m, "x0": x0}.items():
+        if values is not None and (not values.numel() or not bool(values.isfinite().all())):
+            raise SferdError(f"{name} {tuple(values.shape)} are empty or hold NaN or infinity; allowed: finite values at one point or more")
     if m is None and x0 is None:
         raise SferdError("neither m nor x0 was given; allowed: one or both, to measure errors against")
     for name, reference in (("m", m), ("x0", x0)):

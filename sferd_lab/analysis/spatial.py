@@ -30,6 +30,11 @@ CONTROLS = ("gradient energy", "local variance", "|x0|")
 MAP_NUMBERS = 2**26
 
 
+def _check_finite(what: str, values: Tensor | np.ndarray) -> None:
+    if 0 in values.shape or not np.isfinite(values.cpu().numpy() if isinstance(values, Tensor) else values).all():
+        raise SferdError(f"{what} {tuple(values.shape)} are empty or hold NaN or infinity; allowed: finite values of one image or more")
+
+
 def error_map(predicted: Tensor, reference: Tensor) -> np.ndarray:
     """e = mean over channels of (reference - predicted)^2: two (N, C, H, W) to (N, H, W).
 
@@ -37,6 +42,8 @@ def error_map(predicted: Tensor, reference: Tensor) -> np.ndarray:
     """
     if predicted.shape != reference.shape or predicted.ndim != 4:
         raise SferdError(f"predicted {tuple(predicted.shape)} and reference {tuple(reference.shape)}; allowed: the same (N, C, H, W)")
+    _check_finite("predicted images", predicted)
+    _check_finite("reference images", reference)
     return (reference.double() - predicted.double()).square().mean(1).cpu().numpy()
 
 
@@ -82,6 +89,7 @@ def to_grid(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def control_maps(x0_hat: Tensor) -> dict[str, np.ndarray]:
     """Maps of a predicted image (N, C, H, W) that need no attention: its gradient energy, variance in 3x3 windows, and mean |x0|."""
+    _check_finite("predicted images", x0_hat)
     images = x0_hat.double()
     padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
     mean, square = (F.avg_pool2d(part, 3, stride=1) for part in (padded, padded.square()))
@@ -159,10 +167,12 @@ def auroc(score: np.ndarray, error: np.ndarray, top: float = 0.2) -> np.ndarray:
 def mean_interval(values: np.ndarray, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> tuple[float, float, float, int]:
     """Mean over images, a bias-corrected accelerated bootstrap interval over images (Efron 1987), and how many have a value.
 
-    NaN values are left out; with fewer than 3 others, or all of them equal, the interval is NaN.
+    NaN values are left out; with fewer than 3 others, or all of them equal, the interval is NaN, and with none the mean too.
     """
     if not 0 < level < 1:
         raise SferdError(f"level = {level}; allowed: between 0 and 1, exclusive")
+    if np.isinf(values).any():
+        raise SferdError(f"{int(np.isinf(values).sum())} of {len(values)} values are infinite; allowed: finite ones, or NaN for none")
     values = values[~np.isnan(values)]
     if len(values) < 3 or np.ptp(values) == 0:
         return float(values.mean()) if len(values) else np.nan, np.nan, np.nan, len(values)
@@ -176,7 +186,8 @@ def attention_test(error: np.ndarray, attention: np.ndarray, x0_hat: Tensor, lev
 
     ``error`` (N, H, W) from ``error_map``, ``attention`` (N, h, w) of one layer, ``x0_hat`` (N, C, H, W) the prediction. Columns:
     ``resolution`` ("image": attention repeated to H x W; "layer": everything averaged to h x w, where attention competes on even terms),
-    ``map``, ``statistic``, ``value``, ``low``, ``high``, ``images``.
+    ``map``, ``statistic``, ``value``, ``low``, ``high``, ``images``: how many images have a value. Where it is 0, as for error that is
+    constant in every image, the others are NaN (``mean_interval``).
 
     Maps: "attention", the ``CONTROLS``, "attention of another image" (what all images of a layer share, such as a bright centre) and
     "shuffled attention" (positions permuted: nothing is left). Statistics: "spearman" and "auroc" (of the top fifth of error) with the
@@ -231,6 +242,9 @@ def radial_power(residual: Tensor) -> pd.DataFrame:
     The squared 2-D Fourier transform, averaged over images and channels and summed over rings of whole frequency. By Parseval's theorem
     the powers add up to the mean squared error.
     """
+    if residual.ndim != 4:
+        raise SferdError(f"residual {tuple(residual.shape)}; allowed: (N, C, H, W)")
+    _check_finite("residuals", residual)
     height, width = residual.shape[-2:]
     power = torch.fft.fft2(residual.double(), norm="forward").abs().square().mean((0, 1)).cpu().numpy()
     radius = np.hypot(np.fft.fftfreq(height, 1 / height)[:, None], np.fft.fftfreq(width, 1 / width)[None])
@@ -242,6 +256,7 @@ def by_pixel(maps: Mapping[str, np.ndarray]) -> pd.DataFrame:
     """Maps averaged over images, as a tidy table with the columns map, row, column, value."""
     parts = []
     for name, values in maps.items():
+        _check_finite(f"maps '{name}'", values)
         mean = values.mean(0)
         rows, columns = np.indices(mean.shape)
         parts.append(pd.DataFrame({"map": name, "row": rows.ravel(), "column": columns.ravel(), "value": mean.ravel()}))

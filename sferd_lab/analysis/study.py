@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from sferd_lab.analysis.bias_variance import decompose, predict
@@ -33,8 +34,9 @@ from sferd_lab.config import Settings, parse_literals
 from sferd_lab.data import load_images
 from sferd_lab.denoiser import Denoiser, FiniteSetDenoiser
 from sferd_lab.diffusion import HALF_PI, add_noise
+from sferd_lab.errors import SferdError
 from sferd_lab.experiment import provenance
-from sferd_lab.files import read_json, replacing, write_json
+from sferd_lab.files import read_json, read_record, replacing, write_json
 from sferd_lab.sample import SampleNoise
 
 # Noise levels t = phi / (pi/2); all lie on the consistency grid of 16, and the last is pure noise.
@@ -55,8 +57,12 @@ class Case:
 
 
 def run_settings(run: Path) -> Settings:
-    """The settings of a run folder."""
-    return Settings.model_validate(read_json(run / "config.json")["settings"])
+    """The settings of a run folder. Raises SferdError for a ``config.json`` without any, or with impossible ones."""
+    path = run / "config.json"
+    try:
+        return Settings.model_validate(read_record(path, "settings")["settings"])
+    except ValidationError as error:
+        raise SferdError(f"{path} holds no settings of this version: {error}") from None
 
 
 def noised(images: Tensor, level: float, seed: int) -> Tensor:
