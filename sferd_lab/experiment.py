@@ -94,7 +94,10 @@ def stage_seed(seed: int, stage: str) -> int:
 
 
 def provenance() -> dict[str, Any]:
-    """What a run was made with: versions, commit, whether the tree had changes, hardware."""
+    """What it takes to make a run again, beside its settings: versions, commit, whether the tree had changes, hardware.
+
+    The same bytes come of the same versions, number of threads and kind of processor ("instructions", which torch's kernels depend on).
+    """
 
     def git(*arguments: str) -> str | None:
         try:
@@ -110,9 +113,12 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
+        **{name: metadata.version(name) for name in ("scipy", "scikit-learn", "accelerate")},
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": None if changes is None else bool(changes),
         "machine": platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
