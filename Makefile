@@ -10,7 +10,7 @@ BIN := .venv/bin
 # name=value pairs on the command line are the notebook's parameters: make experiment seed=2 retrain=true
 parameters = $(foreach pair,$(filter-out PYTHON=% run_folder=% file=%,$(MAKEOVERRIDES)),-p $(word 1,$(subst =, ,$(pair))) '$(word 2,$(subst =, ,$(pair)))')
 
-.PHONY: experiment plan test test-notebooks test-browser chromium lint docs mutants benchmark shipped results clean
+.PHONY: experiment plan test test-notebooks test-browser chromium lint docs mutants reliability benchmark shipped results clean
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; try: make PYTHON=python3.11 ..."; exit 1; }
@@ -63,6 +63,10 @@ docs: .venv/ready
 # Show that the tests can fail: mutations of the library, one by one, each caught by the test named for it.
 mutants: .venv/ready
 	$(BIN)/python tests/mutants/run.py
+
+# The tallies behind "What is guaranteed": kills, memory, damaged files, with nothing else running: about an hour.
+reliability: .venv/ready
+	for part in faults/run faults/memory fuzz/run; do OMP_NUM_THREADS=1 $(BIN)/python tests/$$part.py || exit 1; done
 
 # Speed against peers, with nothing else running: about a quarter of an hour. tests/benchmarks/NOTES.md says what was tried.
 benchmark: .venv/ready
