@@ -170,3 +170,20 @@ def test_every_make_target_of_the_readme_exists() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     named = set(re.findall(r"make ([a-z-]+)", (ROOT / "README.md").read_text()))
     assert {"experiment", "test"} <= named <= targets
+
+
+def test_the_guarantees_are_those_of_the_tallies() -> None:
+    table = pd.read_csv(ROOT / "data" / "results" / "reliability.csv")
+    assert not table.duplicated(["part", "case", "outcome"]).any()
+    faults, fuzz, memory = (table[table["part"] == part] for part in ("faults", "fuzz", "memory"))
+    kills = faults[~faults["outcome"].str.startswith("(")]  # in parentheses: where they fell
+    assert set(kills["outcome"]) == {"same bytes"}
+    assert len(kills) == 6
+    assert (kills["count"] >= 30).all()
+    assert set(fuzz["outcome"]) == {"value", "SferdError"}
+    assert fuzz["count"].sum() >= 100_000
+    for _, peaks in memory.groupby("case"):
+        assert peaks["count"].max() < 1.05 * peaks["count"].min()
+    words = " ".join((ROOT / "README.md").read_text().split())
+    assert f"(tried with {kills['count'].sum()} kills)" in words
+    assert f"(tried with {fuzz['count'].sum():,} inputs)" in words
