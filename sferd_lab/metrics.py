@@ -85,13 +85,11 @@ def _check_images(name: str, images: Tensor | StoredImages, real: bool) -> Tenso
 
 
 def _check_features(**arrays: np.ndarray) -> None:
-    """SferdError unless all are finite (N >= 2, dim) floating-point arrays of one dim, whose twelfth powers are finite too."""
+    """SferdError unless all are finite (N >= 2, dim) floating-point arrays of one dim, none beyond ``LARGEST``."""
     for name, array in arrays.items():
         sound = array.ndim == 2 and len(array) >= 2 and array.shape[1] > 0 and np.issubdtype(array.dtype, np.floating)
         if not sound or not (np.abs(array) <= LARGEST).all():
-            raise SferdError(
-                f"{name}: features {array.dtype} of shape {array.shape}; allowed: floating-point (N, dim), N >= 2, all up to {LARGEST:g}"
-            )
+            raise SferdError(f"{name}: features {array.dtype} of shape {array.shape}; allowed: floating-point (N, dim), N >= 2, all finite")
     dims = {name: array.shape[1] for name, array in arrays.items()}
     if len(set(dims.values())) > 1:
         raise SferdError(f"features of different dims: {dims}; allowed: one dim for all")

@@ -264,7 +264,7 @@ def test_every_bit_of_a_file_counts(tmp_path):
         ({**TENSORS, "labels": torch.tensor([3, 1, 4])}, INFO),
         ({**TENSORS, "weights": TENSORS["weights"].reshape(3, 2)}, INFO),
         ({**TENSORS, "mask": TENSORS["mask"].to(torch.uint8)}, INFO),
-        ({("Labels" if name == "labels" else name): tensor for name, tensor in TENSORS.items()}, INFO),
+        ({("labelz" if name == "labels" else name): tensor for name, tensor in TENSORS.items()}, INFO),
         ({name: tensor for name, tensor in TENSORS.items() if name != "empty"}, INFO),
         (TENSORS, {**INFO, "widths": [8, 17]}),
     ],
