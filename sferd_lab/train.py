@@ -12,6 +12,7 @@ import functools
 import json
 import math
 import platform
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -88,8 +89,8 @@ class TrainSettings:
         for name in ("ema_decay", "target_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise SferdError(f"{name} = {getattr(self, name)}; allowed: 0 to below 1")
-        for name in ("lr", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
+        for name, most in (("lr", sys.float_info.max), ("clip", math.inf)):
+            if not 0 < getattr(self, name) <= most:
                 raise SferdError(f"{name} = {getattr(self, name)}; allowed: above 0")
 
     def lr_factor(self, step: int) -> float:
