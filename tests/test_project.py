@@ -178,7 +178,6 @@ def test_the_guarantees_are_those_of_the_tallies() -> None:
     faults, fuzz, memory = (table[table["part"] == part] for part in ("faults", "fuzz", "memory"))
     kills = faults[~faults["outcome"].str.startswith("(")]  # in parentheses: where they fell
     assert set(kills["outcome"]) == {"same bytes"}
-    assert len(kills) == 6
     assert (kills["count"] >= 30).all()
     assert set(fuzz["outcome"]) == {"value", "SferdError"}
     assert fuzz["count"].sum() >= 100_000
