@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,9 @@ def test_a_tag_in_a_file_of_parameters_makes_no_object(here: Path, text: str) ->
     with pytest.raises(SferdError, match="cannot be read as YAML"):
         read_parameters(path)
     # papermill's own reader, for those who give it the file.
-    papermill = subprocess.run(["papermill", "none.ipynb", "out.ipynb", "-f", str(path)], capture_output=True, text=True, check=False)
+    papermill = subprocess.run(
+        [sys.executable, "-m", "papermill", "none.ipynb", "out.ipynb", "-f", str(path)], capture_output=True, text=True, check=False
+    )
     assert papermill.returncode != 0
     assert "could not determine a constructor" in papermill.stderr
     assert not list(here.iterdir())
