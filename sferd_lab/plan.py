@@ -46,7 +46,7 @@ from sferd_lab.errors import SferdError
 from sferd_lab.experiment import Row, Run
 from sferd_lab.files import replacing
 from sferd_lab.sample import Prior, SampleNoise
-from sferd_lab.semantic import KernelPrior, MixturePrior, SemanticDenoiser
+from sferd_lab.semantic import DiffusionPrior, KernelPrior, MixturePrior, SemanticDenoiser
 from sferd_lab.train import MakeTarget, TrainSettings, train
 from sferd_lab.unet import UNet, UNetSettings, set_gradient_checkpointing
 
@@ -373,7 +373,9 @@ class Plan(Run):
             elif settings.prior == "mixture":
                 self._keep(stage, MixturePrior(torch.full((k,), 1 / k), torch.zeros(k, z), torch.eye(z).expand(k, z, z)))
             else:
-                super().prior(name, model)
+                codes = self.codes(model, self.train_split.images)
+                latent = self.train_latent(f"{name}-latent", codes)
+                self._keep(stage, DiffusionPrior(latent, codes[0], codes[0], settings.prior_sampling_steps))
             with torch.inference_mode():
                 encoding = count(lambda: model.encoder(images))
             numbers = sum(part.numel() for part in self.models[stage].state_dict().values())
