@@ -126,7 +126,6 @@ def scorer(reference: torch.Tensor = IMAGES[:20], train: torch.Tensor = IMAGES) 
         (lambda: extract(NETWORK, NAN), "values are not finite"),
         (lambda: train_feature_network(NAN, LABELS, 2, steps=4), "values are not finite"),
         (lambda: train_feature_network(IMAGES[:8], LABELS, 2, steps=4, lr=math.nan), "lr = nan; allowed: .* lr finite above 0"),
-        (lambda: train_feature_network(IMAGES[:8], LABELS, 2, steps=8, lr=1e30), "weights became infinite or NaN in 8 steps"),
         (lambda: known_bad(NAN, LABELS, 4), "values are not finite"),
         (lambda: known_bad(CONSTANT[:0], LABELS[:0], 0), "0 of them"),
     ],
