@@ -63,7 +63,8 @@ def guidance_mask(attention: AttentionMap, x0: Tensor, threshold: float = 1.0, k
     "attention" marks the positions that receive more than ``threshold`` times the average attention. The controls mark equally many in
     each image, at the same resolution: "random" moves the attention mask by one fixed permutation of positions drawn from ``seed``,
     "inverse" takes those that receive least, "edge" those of highest gradient energy in x0; "full" marks everything. Upsampled by nearest
-    neighbour. Raises SferdError for an unknown kind, or a threshold that marks nothing or everything in the whole batch.
+    neighbour. Attention that is NaN marks nothing in its image, whose prediction is NaN itself. Raises SferdError for an unknown kind, or a
+    threshold that marks nothing or everything in the whole batch.
     """
     if kind not in MASKS:
         raise SferdError(f"guidance mask = '{kind}'; allowed: {', '.join(MASKS)}")

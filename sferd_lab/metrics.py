@@ -160,8 +160,14 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def save_feature_network(path: Path | str, network: FeatureNetwork, info: Mapping[str, Any]) -> None:
-    """Write ``network`` with its settings, a digest of its weights and the JSON-able ``info`` to one safetensors file."""
+    """Write ``network`` with its settings, a digest of its weights and the JSON-able ``info`` to one safetensors file.
+
+    Raises SferdError, and writes nothing, for weights that are not finite: its training has diverged.
+    """
     state = network.state_dict()
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise SferdError(f"the feature network's '{name}' holds NaN or infinity; allowed: finite weights, from a smaller lr")
     save_tensors(path, state, {"kind": KIND, "settings": network.settings, "weights": _digest(state), "info": dict(info)})
 
 
@@ -215,17 +221,18 @@ def _blocks(rows: int, columns: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, rows, step))
 
 
-def _kernel_sums(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Row sums, column sums and sum of squares of (x.y/dim + 1)^3; without the diagonal when ``x is y``."""
+def _kernel_sums(x: np.ndarray, y: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, float]:
+    """Row sums, column sums and sum of squares of (x.y/dim + 1)^3; without ``y`` of the kernel of x with itself, less its diagonal."""
+    own, y = y is None, x if y is None else y
     rows, columns, squares = np.zeros(len(x)), np.zeros(len(y)), 0.0
     for block in _blocks(len(x), len(y)):
         # Of a symmetric kernel the part from the diagonal on: what is right of its square stands for what is below too.
-        first = block.start if x is y else 0
+        first = block.start if own else 0
         kernel = x[block] @ y[first:].T
         kernel /= x.shape[1]
         kernel += 1
         kernel *= kernel * kernel  # numpy's ** 3 takes several times as long
-        if x is y:
+        if own:
             square = kernel[:, : len(kernel)]
             np.fill_diagonal(square, 0)
             rows[first + len(kernel) :] += kernel[:, len(kernel) :].sum(0)
@@ -234,7 +241,7 @@ def _kernel_sums(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
             columns += kernel.sum(0)
         rows[block] += kernel.sum(1)
         squares += float(np.vdot(kernel, kernel))
-    return rows, rows if x is y else columns, squares
+    return rows, rows if own else columns, squares
 
 
 def kid(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
@@ -249,8 +256,6 @@ def kid(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     _check_features(a=a, b=b)
     if min(len(a), len(b)) < 4:
         raise SferdError(f"KID of {len(a)} and {len(b)} images; allowed: 4 or more in each")
-    if a is b:  # which would be taken for one set's own kernel, without its diagonal
-        b = b.copy()
     rows, columns, squares = _kernel_sums(a, b)
     count, cross = len(a) * len(b), rows.sum()
     leftover = squares - (rows**2).sum() / len(b) - (columns**2).sum() / len(a) + cross**2 / count
@@ -258,7 +263,7 @@ def kid(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     pairs = 4 * leftover / ((len(a) - 1) * (len(b) - 1)) / count
     for x, other, sums in ((a, b, rows), (b, a, columns)):
         n = len(x)
-        inner, _, squares = _kernel_sums(x, x)
+        inner, _, squares = _kernel_sums(x)
         total = inner.sum()
         value += total / (n * (n - 1))
         # The value without image i, up to a constant.

@@ -47,7 +47,7 @@ from sferd_lab.experiment import Row, Run
 from sferd_lab.files import replacing
 from sferd_lab.sample import Prior, SampleNoise
 from sferd_lab.semantic import DiffusionPrior, KernelPrior, MixturePrior, SemanticDenoiser
-from sferd_lab.train import MakeTarget, TrainSettings, train
+from sferd_lab.train import MakeTarget, TrainSettings, parts_of, train
 from sferd_lab.unet import UNet, UNetSettings, set_gradient_checkpointing
 
 # Channels, classes, training and reference images of each data set, so that it need not be on this machine. What is in a folder of one's
@@ -305,11 +305,6 @@ class Plan(Run):
         self._works: dict[str, tuple[Work, Work]] = {}
         with nullcontext() if settings.teacher_from else META:
             self._check_fit()
-        if settings.batch_size % (settings.processes * settings.accumulate):
-            raise SferdError(
-                f"batch_size = {settings.batch_size} in {settings.processes} processes x accumulate = {settings.accumulate} parts; "
-                "allowed: equal parts"
-            )
 
     def _images(self, number: int) -> Split:
         return Split(torch.empty(number, *self.shape, device=META), torch.empty(number, dtype=torch.long, device=META))
@@ -321,8 +316,9 @@ class Plan(Run):
         if name in self.models:
             return self.models[name]
         settings = self.settings
-        parts = settings.processes * settings.accumulate
-        training = TrainSettings(batch_size=settings.batch_size // parts, **options)
+        training = TrainSettings(batch_size=settings.batch_size, accumulate=settings.accumulate, **options)
+        parts = parts_of(training, settings.processes)
+        training = replace(training, batch_size=training.batch_size // parts)
         with META:
             model = build().train()
         set_gradient_checkpointing(model, settings.gradient_checkpointing)

@@ -35,7 +35,7 @@ from sferd_lab.unet import set_gradient_checkpointing
 ANNEALS = ("constant", "linear", "cosine")
 PRECISIONS = ("no", "tf32", "bf16", "fp16")
 DEVICES = ("auto", "cpu")
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,17 @@ def draw_batch(data: Split, settings: TrainSettings, step: int, device: torch.de
     return Batch(x0.to(device), eps.to(device), uniform.to(device), labels, None if z_noise is None else z_noise.to(device))
 
 
+def parts_of(settings: TrainSettings, count: int) -> int:
+    """In how many equal parts a batch is taken by ``count`` processes. Raises SferdError when it cannot be."""
+    parts = count * settings.accumulate
+    if settings.batch_size % parts or (settings.members > 1 and parts > 1):
+        raise SferdError(
+            f"batch_size = {settings.batch_size} in {count} processes x accumulate = {settings.accumulate} parts; "
+            "allowed: equal parts, and for an ensemble one"
+        )
+    return parts
+
+
 def train(
     model: Denoiser, make_target: MakeTarget, data: Split, settings: TrainSettings, checkpoint: Path | None = None
 ) -> Iterator[TrainState]:
@@ -177,12 +188,7 @@ def train(
     for name, count in (("batch_size", settings.batch_size), ("the number of training images", len(data.images))):
         if count % settings.members:
             raise SferdError(f"{name} = {count}; allowed: multiples of members = {settings.members}")
-    parts_of_a_batch = processes.count() * settings.accumulate
-    if settings.batch_size % parts_of_a_batch or (settings.members > 1 and parts_of_a_batch > 1):
-        raise SferdError(
-            f"batch_size = {settings.batch_size} in {processes.count()} processes x accumulate = {settings.accumulate} parts; "
-            "allowed: equal parts, and for an ensemble one"
-        )
+    parts_of_a_batch = parts_of(settings, processes.count())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise SferdError("no parameter of the model requires a gradient: there is nothing to train")
@@ -270,26 +276,23 @@ class Steering:
 
 
 def save_checkpoint(path: Path, parts: dict[str, nn.Module], steering: Steering, settings: TrainSettings, losses: Tensor) -> None:
-    """Write weights, averages, optimiser, scheduler, random state, settings and losses so far to one safetensors file, atomically.
+    """Write weights, averages, the optimiser's moments, settings and losses so far to one safetensors file, atomically.
 
-    Raises SferdError when its folder is not there any more, or cannot be written to.
+    The rest follows from settings and step, and is not written: learning rate, schedule and random state. Raises SferdError when the
+    folder is not there any more, or cannot be written to.
     """
     if not path.parent.is_dir():
         raise SferdError(f"{path.parent} was removed during the training, and its checkpoints with it: start the run again")
-    optimizer, scheduler, step = steering.optimizer, steering.scheduler, len(losses)
     tensors = {f"{part}.{name}": tensor for part, module in parts.items() for name, tensor in module.state_dict().items()}
-    optimizer_state = optimizer.state_dict()
-    for index, state in optimizer_state["state"].items():
+    for index, state in steering.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
     tensors["losses"] = losses
     info = {
         "kind": "checkpoint",
         "version": CHECKPOINT_VERSION,
-        "step": step,
+        "step": len(losses),
         "settings": asdict(settings),
-        "random": {"seed": settings.seed, "step": step},
-        "param_groups": optimizer_state["param_groups"],
-        "scheduler": {"last_epoch": scheduler.last_epoch, "lr": scheduler.get_last_lr()},
+        "trained": len(steering.optimizer.param_groups[0]["params"]),
         "scaler": steering.scaler.state_dict() if steering.scaler else None,
     }
     save_tensors(path, tensors, info)
@@ -315,7 +318,10 @@ def load_checkpoint(path: Path, parts: dict[str, nn.Module], steering: Steering,
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise SferdError(f"{path}: tensor '{name}' holds NaN or infinity; delete the file")
-    groups = _steered(info, steering, settings, step, path)
+    if info.get("trained") != len(trained):
+        raise SferdError(
+            f"{path} was made training {info.get('trained')!r} tensors of the model, this run trains {len(trained)}; delete the file"
+        )
     for part, module in parts.items():
         load_part(module, tensors, f"{part}.", path)
     # A parameter that never had a gradient has no state.
@@ -332,42 +338,13 @@ def load_checkpoint(path: Path, parts: dict[str, nn.Module], steering: Steering,
         state.setdefault(int(index), {})[name] = torch.empty_like(moments[key]).copy_(tensor)
     others = {name: tensor for name, tensor in tensors.items() if not name.startswith((*(f"{part}." for part in parts), "optimizer."))}
     matching({"losses": losses[:step]}, others, "", path)
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-    scheduler.last_epoch, scheduler._last_lr = step, [group["lr"] for group in groups]
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    scheduler.last_epoch, scheduler._last_lr = step, [settings.lr * settings.lr_factor(step)]
+    optimizer.param_groups[0]["lr"] = scheduler._last_lr[0]
     if steering.scaler:
         _load_scaler(steering.scaler, info.get("scaler"), path)
     losses[:step] = tensors["losses"]
     return step
-
-
-def _steered(info: dict[str, Any], steering: Steering, settings: TrainSettings, step: int, path: Path) -> list[dict[str, Any]]:
-    """The optimiser's parameter groups after ``step``. All but the moments follows from the settings: a file that says else was altered."""
-    own, theirs = json.loads(json.dumps(steering.optimizer.state_dict()["param_groups"])), info.get("param_groups")
-    if not isinstance(theirs, list) or len(theirs) != 1 or not isinstance(theirs[0], dict) or not isinstance(theirs[0].get("params"), list):
-        raise SferdError(f"{path}: param_groups are {str(theirs)[:80]}; expected one group, with its params; delete the file")
-    if (count := len(theirs[0]["params"])) != (trained := len(own[0]["params"])):
-        raise SferdError(f"{path} was made training {count} tensors of the model, this run trains {trained}; delete the file")
-    rate = settings.lr * settings.lr_factor(step)
-    expected = {f"param_groups' {name}": value for name, value in own[0].items()} | {"param_groups' lr": rate}
-    expected |= {"scheduler": {"last_epoch": step, "lr": [rate]}, "random": {"seed": settings.seed, "step": step}}
-    found = {f"param_groups' {name}": value for name, value in theirs[0].items()}
-    found |= {name: info.get(name) for name in ("scheduler", "random")}
-    # A name that this version of torch's optimiser has and the file's had not, or the other way round, is no fault.
-    for name in (name for name in expected if name in found):
-        if not _alike(found[name], expected[name]):
-            raise SferdError(f"{path}: {name} is {str(found[name])[:80]}; expected {expected[name]} after step {step}; delete the file")
-    return [{**own[0], "lr": theirs[0].get("lr", rate)}]
-
-
-def _alike(found: Any, expected: Any) -> bool:
-    """Whether two values of JSON are the same; learning rates, which another machine may round otherwise, to nine digits."""
-    if isinstance(expected, float):
-        return type(found) in (int, float) and math.isclose(found, expected, rel_tol=1e-9, abs_tol=1e-15)
-    if isinstance(expected, dict):
-        return isinstance(found, dict) and found.keys() == expected.keys() and all(_alike(found[key], expected[key]) for key in expected)
-    if isinstance(expected, list):
-        return isinstance(found, list) and len(found) == len(expected) and all(map(_alike, found, expected))
-    return type(found) is type(expected) and found == expected
 
 
 def _load_scaler(scaler: torch.amp.GradScaler, state: Any, path: Path) -> None:

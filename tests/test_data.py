@@ -382,14 +382,14 @@ def http_server():
         thread.join()
 
 
-def test_only_https_is_spoken_also_where_one_is_sent_on(http_server, monkeypatch):
+def test_only_https_is_spoken_also_where_one_is_sent_on(http_server, monkeypatch, tmp_path):
     monkeypatch.setenv("no_proxy", "*")
     target = f"http://127.0.0.1:{http_server.server_port}/file"
     # Against Python's own opener, which goes wherever it is sent.
     assert urllib.request.build_opener(Redirect(target)).open("https://127.0.0.1/file", timeout=10).status == 200
     assert http_server.seen == ["/file"]
     opener = data.https_opener()
-    for url in (target, f"ftp://127.0.0.1:{http_server.server_port}/file", "file:///etc/passwd", "data:,x"):
+    for url in (target, f"ftp://127.0.0.1:{http_server.server_port}/file", tmp_path.as_uri(), "data:,x"):
         with pytest.raises(OSError, match="unknown url type"):
             opener.open(url, timeout=10)
     opener.handle_open["https"] = [Redirect(target)]

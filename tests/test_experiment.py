@@ -837,8 +837,9 @@ def test_shipped_floors_are_what_the_scorers_would_compute(tmp_path: Path, monke
         fresh = Scorer(known.network, known.sha256, known.name, run.data.reference.images, run.data.train.images, metrics=known.metrics)
         assert known._floors.keys() == {500}
         for metric, floor in fresh.floors(500).items():
-            # On another kind of processor features are rounded otherwise, and a neighbour or two counted otherwise.
-            assert known.floors(500)[metric] == pytest.approx(floor, rel=0.01, abs=1e-3)
+            # On another kind of processor features are rounded otherwise, and an image may be counted as a neighbour or not.
+            counted = metric in ("precision", "recall", "density", "coverage")
+            assert known.floors(500)[metric] == pytest.approx(floor, rel=1e-4, abs=1 / 500 / 5 if counted else 1e-6)
 
 
 def test_floors_of_another_k_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

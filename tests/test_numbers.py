@@ -22,9 +22,11 @@ from sferd_lab.analysis.spatial import (
     share_inside,
     spearman,
 )
+from sferd_lab.data import Split
 from sferd_lab.denoiser import NetworkDenoiser
+from sferd_lab.distill import ProgressiveTarget
 from sferd_lab.errors import SferdError
-from sferd_lab.guidance import GuidedDenoiser, gaussian_blur, guidance_mask
+from sferd_lab.guidance import MASKS, GuidedDenoiser, gaussian_blur, guidance_mask
 from sferd_lab.metrics import (
     FeatureNetwork,
     Scorer,
@@ -35,10 +37,11 @@ from sferd_lab.metrics import (
     known_bad,
     memorisation_ratio,
     precision_recall_density_coverage,
+    save_feature_network,
     train_feature_network,
 )
 from sferd_lab.semantic import MixturePrior
-from sferd_lab.train import TrainSettings
+from sferd_lab.train import TrainSettings, train
 from sferd_lab.unet import AttentionMap, UNet, UNetSettings
 
 RNG = np.random.default_rng(0)
@@ -104,6 +107,12 @@ CONSTANT, NAN = torch.zeros(8, 1, 8, 8), torch.full((8, 1, 8, 8), math.nan)
 LABELS = torch.arange(8) % 2
 
 
+def diverged() -> FeatureNetwork:
+    network = train_feature_network(IMAGES[:8], LABELS, 2, steps=8, lr=1e30)
+    assert not all(bool(parameter.isfinite().all()) for parameter in network.parameters())
+    return network
+
+
 def scorer(reference: torch.Tensor = IMAGES[:20], train: torch.Tensor = IMAGES) -> Scorer:
     return Scorer(NETWORK, "digest", "net", reference, train, k=2, floor_splits=2)
 
@@ -126,6 +135,7 @@ def scorer(reference: torch.Tensor = IMAGES[:20], train: torch.Tensor = IMAGES) 
         (lambda: extract(NETWORK, NAN), "values are not finite"),
         (lambda: train_feature_network(NAN, LABELS, 2, steps=4), "values are not finite"),
         (lambda: train_feature_network(IMAGES[:8], LABELS, 2, steps=4, lr=math.nan), "lr = nan; allowed: .* lr finite above 0"),
+        (lambda: save_feature_network("never.safetensors", diverged(), {}), "holds NaN or infinity; allowed: finite weights"),
         (lambda: known_bad(NAN, LABELS, 4), "values are not finite"),
         (lambda: known_bad(CONSTANT[:0], LABELS[:0], 0), "0 of them"),
     ],
@@ -242,6 +252,26 @@ def teacher() -> NetworkDenoiser:
 def test_guidance_and_prior_refuse_what_is_no_number(call: Callable[[], Any], words: str) -> None:
     with pytest.raises(SferdError, match=words):
         call()
+
+
+def test_attention_that_is_nan_marks_nothing_in_its_image_and_leaves_the_others_alone() -> None:
+    mask, sound = (guidance_mask(map_, X[:2]) for map_ in (attention(math.nan), attention()))
+    assert not mask[0].any()
+    assert sound[0].any()
+    assert torch.equal(mask[1], sound[1])
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_guided_teacher_that_has_diverged_teaches_nothing(mask: str) -> None:
+    # Its mask may be anything, since what it is applied to is NaN as well.
+    source, student = teacher(), teacher()
+    for parameter in source.parameters():
+        torch.nn.init.constant_(parameter, math.nan)
+    target = ProgressiveTarget(GuidedDenoiser(source.requires_grad_(False), 0.3, mask=mask, blur_kernel=3, blur_sigma=1.0), 1)
+    training = train(student, target, Split(IMAGES, None), TrainSettings(steps=3, batch_size=8, device="cpu"))
+    with pytest.raises(SferdError, match=r"the loss became nan at step 1|marks nothing"):
+        next(training)
+    assert all(bool(parameter.isfinite().all()) for parameter in student.parameters())
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
