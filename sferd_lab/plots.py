@@ -128,6 +128,7 @@ def forest(ratios: pd.DataFrame, title: str = "") -> Figure:
         axes.plot(line.ratio, place, "o", color=colour)
     names = [f"{line.method} {line.variant}, {line.steps} step{'s' * (line.steps > 1)}" for line in ratios.iloc[::-1].itertuples()]
     axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_ylim(-0.5, len(names) - 0.5)  # or the first and the last would lie on the frame
     axes.axvline(1, color="gray", lw=0.8)
     axes.set_xscale("log")
     low, high = axes.get_xlim()

@@ -215,6 +215,10 @@ def test_a_forest_has_a_line_for_every_ratio_at_its_place() -> None:
     assert [label.get_text() for label in axes.get_yticklabels()][-1] == "pd +guidance, 1 step"
     lines = [line for line in axes.lines if len(line.get_xdata()) == 2 and line.get_linewidth() == 2]
     np.testing.assert_allclose([line.get_xdata() for line in lines], found[["low", "high"]].to_numpy()[::-1])
+    for few in (found, found.iloc[:2]):  # none lies on the frame
+        low, high = forest(few).axes[0].get_ylim()
+        assert low < -0.3
+        assert high > len(few) - 0.7
 
 
 def test_a_metric_stands_at_what_its_sampling_costs() -> None:
