@@ -123,7 +123,7 @@ def forest(ratios: pd.DataFrame, title: str = "") -> Figure:
     """Ratios with their intervals, a line each, against 1. ``ratios`` are lines of ``report.ratios``."""
     figure, axes = plt.subplots(figsize=(6.5, 0.32 * len(ratios) + 1), layout="constrained")
     for place, line in enumerate(ratios.iloc[::-1].itertuples()):
-        colour = PALETTE[["pd", "cd"].index(line.method)]
+        colour = PALETTE[["teacher", "pd", "cd"].index(line.method)]  # those of the figures with a teacher
         axes.plot([line.low, line.high], [place, place], color=colour, lw=2)
         axes.plot(line.ratio, place, "o", color=colour)
     names = [f"{line.method} {line.variant}, {line.steps} step{'s' * (line.steps > 1)}" for line in ratios.iloc[::-1].itertuples()]
