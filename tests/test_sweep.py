@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -463,7 +464,9 @@ def test_a_sweep_that_is_interrupted_takes_its_runs_with_it_and_the_same_command
     command = [sys.executable, "-m", "sferd_lab.sweep", "sweep.yaml", "out", "workers=1", "retries=1"]
     run = tmp_path / "out" / "text=a"
     with (tmp_path / "log").open("w") as log:
-        sweep = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
+        # A job that a shell has put into the background has been told to ignore SIGINT, and so would be what is started here.
+        heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        sweep = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True, preexec_fn=heed)
         try:
             kernel = wait_until(lambda: started(run) or sweep.poll() is not None)
             assert sweep.poll() is None, (tmp_path / "log").read_text()
