@@ -194,9 +194,11 @@ def test_the_guarantees_are_those_of_the_tallies() -> None:
     faults, fuzz, memory = (table[table["part"] == part] for part in ("faults", "fuzz", "memory"))
     kills = faults[~faults["outcome"].str.startswith("(")]  # in parentheses: where they fell
     assert set(kills["outcome"]) == {"same bytes"}
+    assert len(kills) == 6
     assert (kills["count"] >= 30).all()
     assert set(fuzz["outcome"]) == {"value", "SferdError"}
     assert fuzz["count"].sum() >= 100_000
+    assert memory["case"].nunique() == 5
     for _, peaks in memory.groupby("case"):
         assert peaks["count"].max() < 1.05 * peaks["count"].min()
     words = " ".join((ROOT / "README.md").read_text().split())
