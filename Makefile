@@ -40,9 +40,10 @@ test-notebooks: .venv/ready
 	folder=$$(mktemp -d) && SFERD_LAB_TINY=1 SFERD_LAB_WIDGETS=0 SFERD_LAB_RUNS=$$folder $(BIN)/python -m pytest \
 		--nbval-lax --nbval-current-env --nbval-cell-timeout 300 notebooks; status=$$?; rm -rf $$folder; exit $$status
 
-# The notebooks in a real JupyterLab in a browser, by keyboard. Another browser: make test-browser CHROMIUM=/path/to/the/program
+# The notebooks in a real JupyterLab in a browser, by keyboard; some of them: make test-browser only="first or 01_".
+# Another browser: make test-browser CHROMIUM=/path/to/the/program
 test-browser: .venv/browser chromium
-	$(BIN)/python -m pytest tests/browser
+	$(BIN)/python -m pytest tests/browser $(if $(only),-k "$(only)")
 
 .venv/browser: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,browser]"
