@@ -65,7 +65,7 @@ docs: .venv/ready
 mutants: .venv/ready
 	$(BIN)/python tests/mutants/run.py
 
-# The tallies behind "What is guaranteed": kills, memory, damaged files, with nothing else running: about an hour.
+# The tallies behind "What is guaranteed": kills, memory, damaged files, with nothing else running: some hours.
 reliability: .venv/ready
 	for part in faults/run faults/memory fuzz/run; do OMP_NUM_THREADS=1 $(BIN)/python tests/$$part.py || exit 1; done
 
