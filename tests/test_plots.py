@@ -221,6 +221,14 @@ def test_a_forest_has_a_line_for_every_ratio_at_its_place() -> None:
         assert high > len(few) - 0.7
 
 
+def test_a_method_has_the_same_colour_in_the_forest_and_against_cost() -> None:
+    table = read_table(shipped_folder() / "results" / "digits" / "metrics.csv")
+    found = ratios(table)
+    lines = {line.get_label(): line.get_color() for line in metric_versus_cost(table, "fd", "FD").axes[0].lines}
+    drawn = [line.get_color() for line in forest(found).axes[0].lines if line.get_marker() == "o"]
+    assert drawn == [lines[method] for method in found["method"][::-1]]
+
+
 def test_a_metric_stands_at_what_its_sampling_costs() -> None:
     table = read_table(shipped_folder() / "results" / "digits" / "metrics.csv")
     axes = metric_versus_cost(table, "fd", "FD").axes[0]
