@@ -96,7 +96,8 @@ def metric_versus_steps(table: pd.DataFrame, metric: str, label: str) -> Figure:
         raise SferdError(f"metric = '{metric}'; allowed: {', '.join(scored['metric'].unique())}")
     figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
     for colour, (method, part) in zip(PALETTE, rows.groupby("method", sort=False), strict=False):
-        for guided, line in part[part["sgp"] == ""].groupby("guidance"):
+        # In the order of steps: a run scores the teacher's most steps first.
+        for guided, line in part[part["sgp"] == ""].sort_values("steps").groupby("guidance"):
             name = method + (" + guidance" if guided else "")
             axes.plot(
                 line["steps"], line["value"], "o--" if guided else "o-", color=colour, label=name, fillstyle="none" if guided else "full"
