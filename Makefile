@@ -37,8 +37,8 @@ test: .venv/ready lint
 	$(MAKE) test-notebooks
 
 test-notebooks: .venv/ready
-	folder=$$(mktemp -d) && SFERD_LAB_TINY=1 SFERD_LAB_WIDGETS=0 SFERD_LAB_RUNS=$$folder $(BIN)/python -m pytest \
-		--nbval-lax --nbval-current-env --nbval-cell-timeout 300 notebooks; status=$$?; rm -rf $$folder; exit $$status
+	folder=$$(mktemp -d) && OMP_NUM_THREADS=1 SFERD_LAB_TINY=1 SFERD_LAB_WIDGETS=0 SFERD_LAB_RUNS=$$folder $(BIN)/python -m pytest \
+		-n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout 300 notebooks; status=$$?; rm -rf $$folder; exit $$status
 
 # The notebooks in a real JupyterLab in a browser, by keyboard; some of them: make test-browser only="first or 01_".
 # Another browser: make test-browser CHROMIUM=/path/to/the/program

@@ -153,8 +153,6 @@ class Settings(BaseModel):
             for steps in getattr(self, name):
                 if "pd" in self.methods and steps not in stages:
                     raise SferdError(f"{name} = {getattr(self, name)}; allowed: step counts among {stages}, what pd_start_steps halves to")
-                if name == "sgp_sampling_steps" and self.cd_boundaries % steps:
-                    raise SferdError(f"{name} = {getattr(self, name)}; allowed: divisors of cd_boundaries = {self.cd_boundaries}")
         if "ddim" not in self.teacher_samplers:
             raise SferdError(f"teacher_samplers = {self.teacher_samplers}; allowed: ddim, alone or with heun")
         if self.blur_kernel % 2 == 0:

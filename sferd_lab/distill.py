@@ -138,7 +138,6 @@ class ConsistencyTarget:
 
     ``boundaries`` intervals between phi_hi and 0, a ``solver`` step of the teacher between neighbours, and the target network f_{theta-}
     (the student itself without gradient, or its EMA) at the lower one (Song et al. 2023, algorithm 2).
-    ``sampling_steps`` restricts phi to the angles that a sampler of so many steps visits.
     """
 
     teacher: Denoiser
@@ -146,20 +145,14 @@ class ConsistencyTarget:
     solver: str = "ddim"
     condition: Conditioner = on_labels
     teacher_condition: Conditioner = on_labels
-    sampling_steps: int | None = None
 
     def __post_init__(self) -> None:
         if self.solver not in SOLVERS:
             raise SferdError(f"consistency solver = '{self.solver}'; allowed: {', '.join(SOLVERS)}")
-        if self.sampling_steps is not None and (self.sampling_steps < 1 or self.boundaries % self.sampling_steps):
-            raise SferdError(f"sampling_steps = {self.sampling_steps}; allowed: a divisor of the {self.boundaries} boundaries")
 
     def __call__(self, batch: Batch, student: Denoiser) -> Target:
         """The target for this batch; ``student`` is the target network."""
-        grid = angle_grid(self.boundaries, self.teacher.phi_hi).to(batch.x0)
-        stride = 1 if self.sampling_steps is None else self.boundaries // self.sampling_steps
-        index = (batch.uniform * (self.boundaries // stride)).long() * stride
-        phi, psi = grid[index], grid[index + 1]
+        phi, psi = batch.pick(angle_grid(self.boundaries, self.teacher.phi_hi))
         x = add_noise(batch.x0, batch.eps, phi)
         condition = self.condition(batch)
         with torch.inference_mode():

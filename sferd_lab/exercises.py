@@ -25,10 +25,9 @@ class Exercise:
     inputs: Callable[[torch.Generator], tuple[object, ...]]
     mistakes: dict[str, Function]
 
-    def verdict(self, function: Function, trials: int = 5) -> str:
-        """Say "passed", or in a sentence that begins with "not yet" what is wrong."""
-        generator = torch.Generator()
-        generator.seed()
+    def verdict(self, function: Function, trials: int = 5, seed: int = 0) -> str:
+        """Say "passed", or in a sentence that begins with "not yet" what is wrong: the same of the same answer, each time."""
+        generator = torch.Generator().manual_seed(seed)
         answers = []
         for _ in range(trials):
             given = self.inputs(generator)
@@ -526,6 +525,43 @@ COPYING = Exercise(
         ),
     },
 )
+LEAST_ATTENDED = Exercise(
+    lambda attention, threshold: (attention[None] < attention[:, None]).sum(1).lt((attention > threshold).sum()).double(),
+    # An odd number of positions, so that the mask and its complement never have the same area; the last of them is always
+    # attended to and the first never, so that neither is empty.
+    lambda generator: (
+        torch.cat([torch.tensor([0.5]), -torch.rand(9, generator=generator, dtype=torch.float64).log(), torch.tensor([1.5])]),
+        1.0,
+    ),
+    {
+        "this is everything that is not attended to: its area is another one, and a larger blur does more. Match the area.": (
+            lambda attention, threshold: (attention <= threshold).double()
+        ),
+        "these are the positions attended to most, the mask itself.": lambda attention, threshold: (attention > threshold).double(),
+        "these are the smallest values themselves. Return a mask of zeros and ones.": lambda attention, threshold: torch.where(
+            attention <= attention.sort().values[int((attention > threshold).sum()) - 1], attention, 0.0
+        ),
+    },
+)
+COMMON_SHARE = Exercise(
+    lambda differences: (
+        (differences.sum(0).square() - differences.square().sum(0)).sum() / (len(differences) - 1) / differences.square().sum()
+    ),
+    lambda generator: (
+        0.5 + torch.rand(6, generator=generator, dtype=torch.float64) + torch.randn(4, 6, generator=generator, dtype=torch.float64),
+    ),
+    {
+        "the squared mean still holds a part of chance: take the variance over trainings, divided by their number, off it.": (
+            lambda differences: differences.mean(0).square().sum() / differences.square().mean(0).sum()
+        ),
+        "this is the share that each training has of its own.": lambda differences: (
+            differences.var(0).sum() / differences.square().mean(0).sum()
+        ),
+        "the variance needs K - 1 in its denominator.": lambda differences: (
+            (differences.mean(0).square() - differences.var(0, correction=0) / len(differences)).sum() / differences.square().mean(0).sum()
+        ),
+    },
+)
 STEPS_FOR_THE_PRICE = Exercise(
     lambda pair, plain: torch.div(pair, plain, rounding_mode="floor"),
     lambda generator: (
@@ -686,3 +722,13 @@ def check_copying(function: Function) -> None:
 def check_steps_for_the_price(function: Function) -> None:
     """``steps_for_the_price(pair, plain)``: FLOPs of the pair's one step and of a plain one (N,) to whole numbers of steps (N,)."""
     print(STEPS_FOR_THE_PRICE.verdict(function))
+
+
+def check_least_attended(function: Function) -> None:
+    """``least_attended(attention, threshold)``: attention (positions,) and a number to a control mask (positions,) of zeros and ones."""
+    print(LEAST_ATTENDED.verdict(function))
+
+
+def check_common_share(function: Function) -> None:
+    """``common_share(differences)``: students less teachers, (trainings, pixels), to a share, a tensor without axes."""
+    print(COMMON_SHARE.verdict(function))

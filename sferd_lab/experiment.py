@@ -421,9 +421,8 @@ class Run:
             guide = guided and (source is teacher or settings.guide_every_stage)
             target = ProgressiveTarget(self.guide(source, guide), steps, on_images)
         else:
-            target = ConsistencyTarget(
-                self.guide(teacher, guided), settings.cd_boundaries, settings.cd_solver, on_images, sampling_steps=steps
-            )
+            # At every boundary, whatever the steps: only the last one, at 0, ties f(x, phi) = f(x', phi') to an image.
+            target = ConsistencyTarget(self.guide(teacher, guided), settings.cd_boundaries, settings.cd_solver, on_images)
         return self._train_semantic(f"{stage_name(method, guided)}-{steps}-sgp", students[steps], target, joint=settings.sgp_joint)
 
     def _train_semantic(self, name: str, base: NetworkDenoiser, target: MakeTarget, joint: bool = False) -> SemanticDenoiser:

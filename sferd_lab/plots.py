@@ -133,7 +133,9 @@ def forest(ratios: pd.DataFrame, title: str = "") -> Figure:
     axes.axvline(1, color="gray", lw=0.8)
     axes.set_xscale("log")
     low, high = axes.get_xlim()
+    # Finer ones where the whole axis is about 1.
     ticks = [tick for tick in (0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10) if low <= tick <= high]
+    ticks = ticks if len(ticks) > 2 else [tick for tick in (0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3) if low <= tick <= high]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel("ratio to the plain student, left of 1 is better")

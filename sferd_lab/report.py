@@ -58,8 +58,7 @@ def known_bad_verdicts(run: Run) -> pd.DataFrame:
         watch[Row("teacher", sampler="ddim", steps=4)] = "fd"
 
     def value(row: Row, metric: str) -> float:
-        chosen = (table[list(asdict(row))] == list(asdict(row).values())).all(axis=1) & (table["metric"] == metric)
-        return float(table.loc[chosen, "value"].iloc[0])
+        return float(by_seed(table, row, metric).iloc[0])
 
     best = run.yardstick_row
     lines = [(row.label, metric, value(row, metric), value(best, metric)) for row, metric in watch.items()]
@@ -67,6 +66,37 @@ def known_bad_verdicts(run: Run) -> pd.DataFrame:
     higher_is_better = verdicts["metric"] != "fd"
     verdicts["ranks below the teacher"] = (verdicts["value"] < verdicts["teacher"]) == higher_is_better
     return verdicts
+
+
+def of_row(table: pd.DataFrame, row: Row, metric: str = "fd") -> pd.DataFrame:
+    """The lines of ``table`` (runs' ``metrics.csv``) that are ``metric`` of the samples that ``row`` names."""
+    return table[(table[list(asdict(row))] == list(asdict(row).values())).all(axis=1) & (table["metric"] == metric)]
+
+
+def by_seed(table: pd.DataFrame, row: Row, metric: str = "fd") -> pd.Series:
+    """``metric`` of the samples that ``row`` names, in ``table`` (runs' ``metrics.csv``): one number a seed, in the order of seeds.
+
+    Raises SferdError when the table has none, or two of one seed, as tables of several studies have.
+    """
+    found = of_row(table, row, metric).set_index("seed")["value"].sort_index()
+    if found.empty or found.index.has_duplicates:
+        raise SferdError(f"{len(found)} numbers of '{row.label}' ({metric}) for seeds {sorted(set(found.index))}; allowed: one a seed")
+    return found
+
+
+def ratio(mine: pd.Series, plain: pd.Series, level: float = 0.95) -> tuple[float, float, float, int]:
+    """The geometric mean of ``mine`` over ``plain`` on the seeds that both have, the ends of its t interval, and how many these are.
+
+    The first three are NaN where a score is not above 0, as an unbiased KID may be: no seed is left out for its value. Raises SferdError
+    when they have no seed in common.
+    """
+    mine, plain = mine.align(plain, join="inner")
+    if mine.empty:
+        raise SferdError("the two have no seed in common; allowed: one or more")
+    if not ((mine > 0) & (plain > 0)).all():
+        return np.nan, np.nan, np.nan, len(mine)
+    middle, low, high = np.exp(over_seeds(np.log(mine / plain), level))
+    return float(middle), float(low), float(high), len(mine)
 
 
 def over_seeds(values: pd.Series, level: float = 0.95) -> tuple[float, float, float]:
@@ -94,9 +124,8 @@ def ratios(table: pd.DataFrame, metric: str = "fd", level: float = 0.95) -> pd.D
         for variant in (column.removesuffix(" / plain") for column in group if column.endswith(" / plain")):
             both = group.dropna(subset=variant)
             if len(both):
-                logs = np.log(both[variant] / both["plain"])
                 closed = (both["plain"] - both[variant]) / (both["plain"] - both["teacher"])
-                values = [both["plain"].mean(), *np.exp(over_seeds(logs, level)), *over_seeds(closed, level), len(both)]
+                values = [both["plain"].mean(), *ratio(both[variant], both["plain"], level)[:3], *over_seeds(closed, level), len(both)]
                 lines.append([method, steps, variant, *values])
     columns = [f"plain {metric}", "ratio", "low", "high", "closed", "closed_low", "closed_high", "seeds"]
     return pd.DataFrame(lines, columns=["method", "steps", "variant", *columns])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -79,7 +80,8 @@ def ship(preset: str, **parameters: object) -> None:
 def ship_students(folder: str, *stages: str, beside: str = "") -> None:
     """Ship the students ``stages`` of a finished run beside their data set's teacher, in half precision, which keeps the wheel small.
 
-    With ``beside`` they go into that folder of ``data/`` instead, which is in a clone only. A conditional pair brings its prior.
+    With ``beside`` they go into that folder of ``data/`` instead, which is in a clone only. A conditional pair brings its prior: a kernel's
+    codes, one a training image, in half precision too, since its noise is far wider than their rounding.
     """
     weights = Path(folder) / "weights"
     data = load_model(weights / f"{stages[0]}.safetensors")[1].get("data")
@@ -87,27 +89,45 @@ def ship_students(folder: str, *stages: str, beside: str = "") -> None:
         raise SferdError(f"{folder}: its weights were made on {data!r}; allowed: a data set's name, which becomes a folder's")
     target = shipped_folder() / beside / data
     for stage in stages:
-        tensors, info = load_tensors(weights / f"{stage}.safetensors")
-        halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-        save_tensors(target / f"{stage}.safetensors", halves, {**info, "stored": "float16"})
+        info = _halve(weights / f"{stage}.safetensors", target / f"{stage}.safetensors")
         if info["kind"] == "semantic":
-            with replacing(target / f"{stage}-prior.safetensors") as temporary:
-                temporary.write_bytes((weights / "teacher-sgp-prior.safetensors").read_bytes())
+            prior, kept = weights / "teacher-sgp-prior.safetensors", target / f"{stage}-prior.safetensors"
+            if load_tensors(prior)[1]["kind"] == "kernel prior":
+                _halve(prior, kept)
+            else:  # a mixture's covariances might no longer be positive definite
+                with replacing(kept) as temporary:
+                    temporary.write_bytes(prior.read_bytes())
     students = {file.stem: sha256(file) for file in sorted(target.glob("*.safetensors")) if file.stem.startswith(("pd", "cd"))}
     write_json(target / "students.json", {"sha256": students, **read_json(Path(folder) / "config.json")})
 
 
+def _halve(source: Path, target: Path) -> dict[str, Any]:
+    """Write the model of ``source`` in half precision; what the file says of it."""
+    tensors, info = load_tensors(source)
+    halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    save_tensors(target, halves, {**info, "stored": "float16"})
+    return info
+
+
 def collect(name: str, folders: list[str]) -> None:
-    """Put the finished runs in ``folders`` together under ``data/results/<name>``: tables, settings, the first's figures."""
-    target = shipped_folder() / "results" / name
+    """Put the finished runs in ``folders`` into ``data/results/<name>``: tables, settings, the first's figures.
+
+    A run of the same name is replaced, other runs there stay: the machine that made them may be gone.
+    """
+    target, names = shipped_folder() / "results" / name, [Path(folder).name for folder in folders]
     for table in ("metrics.csv", "stages.csv"):
         # A run that trained nothing has no stages.
         parts = [read_table(Path(folder) / table).assign(run=Path(folder).name) for folder in folders if (Path(folder) / table).exists()]
+        if (target / table).exists():
+            there = read_table(target / table, ("run",))
+            parts.insert(0, there[~there["run"].isin(names)])
         if not parts:
             continue
         with replacing(target / table) as temporary:
             pd.concat(parts, ignore_index=True).to_csv(temporary, index=False)
-    write_json(target / "runs.json", {Path(folder).name: read_json(Path(folder) / "config.json") for folder in folders})
+    runs = read_json(target / "runs.json") if (target / "runs.json").exists() else {}
+    runs = {run: about for run, about in runs.items() if run not in names}
+    write_json(target / "runs.json", runs | {Path(folder).name: read_json(Path(folder) / "config.json") for folder in folders})
     for figure in ("samples", "steps", "fd"):
         # A run that is still going has not drawn all of them.
         if (drawn := Path(folders[0]) / "figures" / f"{figure}.png").exists():

@@ -300,6 +300,23 @@ def test_students_are_shipped_with_what_they_need_and_their_hashes(tmp_path: Pat
     assert read_json(tmp_path / "data" / "checkpoints" / "digits" / "students.json")["sha256"].keys() == {"pd-sgp-1", "pd-sgp-1-prior"}
 
 
+def test_a_kernel_prior_is_shipped_in_half_the_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fifty thousand codes of 32 numbers have to fit in a file of 4 MiB."""
+    run, weights = tmp_path / "run", tmp_path / "run" / "weights"
+    prior = KernelPrior(torch.randn(4000, Z_DIM, generator=torch.Generator().manual_seed(0)), 0.1)
+    save_model(weights / "pd-sgp-1.safetensors", MODELS["semantic"](), INFO)
+    save_model(weights / "teacher-sgp-prior.safetensors", prior, INFO)
+    write_json(run / "config.json", {"settings": {}})
+    monkeypatch.setattr(ship, "shipped_folder", lambda: tmp_path)
+    ship.ship_students(str(run), "pd-sgp-1")
+    file = tmp_path / "digits" / "pd-sgp-1-prior.safetensors"
+    assert file.stat().st_size < 0.55 * (weights / "teacher-sgp-prior.safetensors").stat().st_size
+    noise = torch.randn(50, prior.noise_dim, generator=torch.Generator().manual_seed(1))
+    shipped = load(file.with_name("pd-sgp-1.safetensors")).prior.from_noise(noise)
+    assert shipped.dtype == torch.float32
+    torch.testing.assert_close(shipped, prior.from_noise(noise), rtol=1e-3, atol=1e-3)
+
+
 def test_runs_are_put_together_with_their_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ship, "shipped_folder", lambda: tmp_path / "data")
     for name, seed in (("first", 1), ("second", 2)):
@@ -321,12 +338,37 @@ def test_runs_are_put_together_with_their_settings(tmp_path: Path, monkeypatch: 
     assert not (tmp_path / "data" / "results" / "no training" / "stages.csv").exists()
 
 
+def test_runs_that_are_there_stay_and_one_of_the_same_name_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ship, "shipped_folder", lambda: tmp_path / "data")
+    made = tmp_path / "data" / "results" / "study"
+
+    def finished(name: str, value: float) -> str:
+        (tmp_path / name).mkdir(exist_ok=True)
+        pd.DataFrame({"method": ["pd"], "sgp": [""], "value": [value]}).to_csv(tmp_path / name / "metrics.csv", index=False)
+        pd.DataFrame({"stage": ["pd-1"], "seconds": [value]}).to_csv(tmp_path / name / "stages.csv", index=False)
+        write_json(tmp_path / name / "config.json", {"settings": {"value": value}})
+        return str(tmp_path / name)
+
+    ship.collect("study", [finished("first", 0.1), finished("second", 0.2)])
+    before = (made / "metrics.csv").read_text().splitlines()
+    ship.collect("study", [finished("second", 0.7), finished("third", 0.3)])
+    after = (made / "metrics.csv").read_text().splitlines()
+    assert after[:2] == before[:2]  # to the letter
+    assert [line.split(",")[-2:] for line in after[1:]] == [["0.1", "first"], ["0.7", "second"], ["0.3", "third"]]
+    assert pd.read_csv(made / "stages.csv")[["seconds", "run"]].values.tolist() == [[0.1, "first"], [0.7, "second"], [0.3, "third"]]
+    assert {run: about["settings"]["value"] for run, about in read_json(made / "runs.json").items()} == {
+        "first": 0.1,
+        "second": 0.7,
+        "third": 0.3,
+    }
+
+
 def test_the_shipped_students_draw_digits_in_one_step() -> None:
     network, _ = load_feature_network(shipped_folder() / "digits" / "features.safetensors")
     real = extract(network, load_images("digits").reference.images)
     teacher = frechet_distance(extract(network, load("digits/teacher").sample(200, 1)), real)
-    for name in ("pd-1", "cd", "pd-sgp-1"):
-        drawn = frechet_distance(extract(network, load(f"digits/{name}").sample(200, 1)), real)
+    for name in ("digits/pd-1", "digits/cd", "digits/pd-sgp-1", "checkpoints/digits/pd-sgp-1"):
+        drawn = frechet_distance(extract(network, load(name).sample(200, 1)), real)
         # From 3 to 5 on 200 images; the teacher in one step has 86.
         assert drawn < 7 < teacher / 5, name
 

@@ -150,14 +150,6 @@ def test_a_wrong_type_or_value_is_refused_by_name_with_what_is_allowed(name: str
             {"sgp_sampling_steps": (3,), "sgp_target": "walk"},
             "sgp_sampling_steps = (3,); allowed: step counts among [4, 2, 1], what pd_start_steps halves to",
         ),
-        (
-            {"sgp_sampling_steps": (4,), "sgp_start_steps": 8, "cd_boundaries": 6},
-            "sgp_sampling_steps = (4,); allowed: divisors of cd_boundaries = 6",
-        ),
-        (
-            {"sgp_sampling_steps": (3,), "sgp_target": "data", "methods": ("cd",)},
-            "sgp_sampling_steps = (3,); allowed: divisors of cd_boundaries = 16",
-        ),
         ({"blur_kernel": 4}, "blur_kernel = 4; allowed: odd numbers"),
         ({"attention": (0, 2)}, "attention = (0, 2); allowed: levels 0 to 1"),
         ({"heads": 3}, "heads = 3; allowed: common divisors of widths = (32, 32)"),

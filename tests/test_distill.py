@@ -255,19 +255,6 @@ def test_consistency_asks_the_student_one_boundary_further_down():
     close(x_psi, ddim_step(target.x, GAUSSIAN(target.x, target.phi).v, target.phi, psi))
 
 
-def test_sampling_steps_restrict_phi_to_the_angles_a_sampler_visits():
-    student = Recorder(Learned())
-    target = ConsistencyTarget(GAUSSIAN, 8, sampling_steps=2)(batch(), student)
-    close(target.phi.unique(), tensor(HALF_PI / 2, HALF_PI))
-    close(student.asked[0][1], target.phi - HALF_PI / 8)
-
-
-@pytest.mark.parametrize("sampling_steps", [3, 16, 0, -2])
-def test_sampling_steps_must_divide_the_boundaries(sampling_steps):
-    with pytest.raises(SferdError, match=rf"sampling_steps = {sampling_steps}; allowed: a divisor of the 8 boundaries"):
-        ConsistencyTarget(GAUSSIAN, 8, sampling_steps=sampling_steps)
-
-
 def test_an_unknown_solver_is_refused():
     with pytest.raises(SferdError, match="consistency solver = 'euler'; allowed: ddim, heun"):
         ConsistencyTarget(GAUSSIAN, 8, "euler")

@@ -226,14 +226,25 @@ WRONG = {
         (lambda student, improved, teacher: (improved - teacher) / (student - teacher), "what is left of the gap"),
         (lambda student, improved, teacher: (improved - student) / (student - teacher), "the sign is wrong"),
     ],
+    "least_attended": [
+        (lambda attention, threshold: 1 - (attention > threshold).double(), "Match the area"),
+        (lambda attention, threshold: (attention > threshold).double(), "the mask itself"),
+        (lambda attention, threshold: attention * (attention.argsort().argsort() < (attention > threshold).sum()), "zeros and ones"),
+    ],
+    "common_share": [
+        (lambda d: d.mean(0).square().mean() / d.square().mean(), "a part of chance"),
+        (lambda d: d.var(0).mean() / d.square().mean(), "of its own"),
+        (lambda d: (d.mean(0).square() - d.var(0, correction=0) / len(d)).mean() / d.square().mean(), "K - 1"),
+    ],
 }
 
 
 @pytest.mark.parametrize(("name", "answer", "words"), [(name, *case) for name, cases in WRONG.items() for case in cases])
 def test_a_wrong_answer_is_told_what_is_wrong(name: str, answer: Any, words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    for _ in range(10):  # whatever is drawn
-        getattr(exercises, f"check_{name}")(answer)
-        assert re.search(f"^not yet: .*{words}", capsys.readouterr().out)
+    getattr(exercises, f"check_{name}")(answer)
+    assert re.search(f"^not yet: .*{words}", capsys.readouterr().out)
+    for seed in range(1, 10):  # whatever is drawn
+        assert re.search(f"^not yet: .*{words}", getattr(exercises, name.upper()).verdict(answer, seed=seed))
 
 
 def test_every_exercise_has_two_wrong_answers_or_more() -> None:
@@ -247,9 +258,10 @@ def test_right_answers_pass_in_single_precision_too() -> None:
         assert exercise.verdict(lambda *given, answer=answer: answer(*given).float()) == "passed"
 
 
-def test_every_trial_draws_new_inputs() -> None:
+def test_every_trial_draws_new_inputs_and_every_check_the_same_ones() -> None:
     seen = []
     exercise = Exercise(lambda x: x, lambda generator: (torch.rand(2, generator=generator),), {})
-    for _ in range(2):
-        exercise.verdict(lambda x: seen.append(x) or x, trials=3)
+    for seed in (0, 0, 1):
+        exercise.verdict(lambda x: seen.append(x) or x, trials=3, seed=seed)
     assert len(torch.stack(seen).unique(dim=0)) == 6
+    assert torch.equal(torch.stack(seen[:3]), torch.stack(seen[3:6]))

@@ -13,6 +13,7 @@ from papermill.inspection import inspect_notebook
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 # Another seed, unless said here.
 OTHER: dict[str, dict[str, Any]] = {
+    "10_controls": {"judge": "fd_second"},
     "11_evidence": {"judge": "kid"},
     "experiment": {"seed": 2, "guidance_form": "x0", "methods": ["cd"], "prior": "diffusion", "sgp_target": "data"},
 }

@@ -221,6 +221,16 @@ def test_a_forest_has_a_line_for_every_ratio_at_its_place() -> None:
         assert high > len(few) - 0.7
 
 
+@pytest.mark.parametrize(("low", "high"), [(0.78, 1.12), (0.3, 4.0)])
+def test_a_forest_has_three_ticks_or_more(low: float, high: float) -> None:
+    line = {"method": "pd", "steps": 1, "variant": "+sgp", "ratio": 0.95, "low": low, "high": high}
+    ticks = [float(label.get_text()) for label in forest(pd.DataFrame([line])).axes[0].get_xticklabels()]
+    assert len(ticks) >= 3
+    assert 1 in ticks
+    assert low * 0.9 < min(ticks)
+    assert max(ticks) < high * 1.1
+
+
 def test_a_method_has_the_same_colour_in_the_forest_and_against_cost() -> None:
     table = read_table(shipped_folder() / "results" / "digits" / "metrics.csv")
     found = ratios(table)

@@ -17,7 +17,7 @@ from sferd_lab.artifacts import shipped_folder
 from sferd_lab.config import Settings
 from sferd_lab.errors import SferdError
 from sferd_lab.experiment import Row, Run, read_table
-from sferd_lab.report import effects, headline, known_bad_verdicts, ratios, summary, training_tflop, verdict
+from sferd_lab.report import by_seed, effects, headline, known_bad_verdicts, ratio, ratios, summary, training_tflop, verdict
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -113,6 +113,37 @@ def test_the_gap_closed_is_a_share_of_the_way_to_the_many_step_teacher() -> None
     alone = ratios(pd.DataFrame(one)).iloc[0]
     assert (alone["closed"], alone["seeds"]) == (0.5, 1)
     assert np.isnan([alone["closed_low"], alone["low"]]).all()
+
+
+def test_a_ratio_is_paired_by_seed_whatever_the_order_and_leaves_out_what_only_one_side_has() -> None:
+    mine, plain = pd.Series({3: 2.0, 1: 1.0, 4: 9.0}), pd.Series({1: 2.0, 2: 7.0, 3: 8.0})
+    middle, low, high, seeds = ratio(mine, plain)  # 1/2 and 1/4
+    half = 12.706 * np.log(2) / 2  # t of one degree of freedom times the standard error
+    assert (middle, seeds) == (pytest.approx(8**-0.5), 2)
+    assert np.log([low, high]) == pytest.approx([np.log(middle) - half, np.log(middle) + half], rel=1e-4)
+    with pytest.raises(SferdError, match="no seed in common"):
+        ratio(mine, pd.Series({7: 1.0}))
+
+
+@pytest.mark.parametrize("value", [0.0, -0.5, np.nan])
+def test_a_seed_is_not_left_out_of_a_ratio_for_its_value(value: float) -> None:
+    scores, other = pd.Series({1: 2.0, 2: value, 3: 4.0}), pd.Series({1: 1.0, 2: 1.0, 3: 1.0})
+    for found in (ratio(scores, other), ratio(other, scores)):
+        assert np.isnan(found[:3]).all()
+        assert found[3] == 3
+
+
+def test_the_numbers_of_a_row_are_one_a_seed_in_order() -> None:
+    row, other = Row("pd", sampler="ddim", steps=1), Row("pd", True, sampler="ddim", steps=1)
+    numbers = [(row, 2, "fd", 0.2), (row, 1, "fd", 0.1), (row, 1, "kid", 5.0), (other, 1, "fd", 7.0)]
+    table = pd.DataFrame([{**asdict(row), "seed": seed, "metric": metric, "value": value} for row, seed, metric, value in numbers])
+    assert by_seed(table, row).to_dict() == {1: 0.1, 2: 0.2}
+    assert list(by_seed(table, row).index) == [1, 2]
+    assert by_seed(table, row, "kid").to_dict() == {1: 5.0}
+    with pytest.raises(SferdError, match="0 numbers of 'pd, 4 steps'"):
+        by_seed(table, Row("pd", sampler="ddim", steps=4))
+    with pytest.raises(SferdError, match=r"4 numbers of 'pd, 1 step' \(fd\) for seeds \[1, 2\]; allowed: one a seed"):
+        by_seed(pd.concat([table, table]), row)
 
 
 @pytest.fixture(scope="module")

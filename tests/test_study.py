@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +13,23 @@ import torch
 from sferd_lab.analysis import study
 from sferd_lab.analysis.bias_variance import decompose, predict
 from sferd_lab.analysis.ensemble import load_members, train_members
-from sferd_lab.analysis.study import LEVELS, bias_variance_study, cases, noised, spatial_study
+from sferd_lab.analysis.study import LEVELS, bias_variance_study, cases, mechanism_study, noised, spatial_study
+from sferd_lab.artifacts import shipped_folder
 from sferd_lab.config import make_settings
 from sferd_lab.data import load_images
 from sferd_lab.diffusion import HALF_PI
+from sferd_lab.errors import SferdError
 from sferd_lab.experiment import Run
 from sferd_lab.files import read_json
+from sferd_lab.metrics import extract, frechet_distance, load_feature_network
+
+SEEDS = (1, 2, 3)
+POINTS = 70  # more than the feature network has features
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both studies on trainings of a few steps: where their tables and runs are."""
+    """All studies on trainings of a few steps: where their tables and runs are."""
     folder = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SFERD_LAB_TINY", "1")
@@ -31,9 +38,16 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
             run.students(method, guided=False)
             run.semantic_students(method, guided=False)
         train_members("digits", folder / "ensemble", teachers=3, students=2, methods=("cd",), pd_lr=1e-2)
+        (folder / "digits").mkdir()
+        shutil.copy(study.shipped_folder() / "digits" / "features.safetensors", folder / "digits")
         patch.setattr(study, "shipped_folder", lambda: folder)
         spatial_study(folder / "run", "small", n=12)
         bias_variance_study(folder / "ensemble", "small", n=10)
+        for seed in SEEDS:
+            run = Run(make_settings("digits", seed=seed, run_folder=str(folder / "runs" / f"small-seed{seed}"), pd_lr=0.05), progress=False)
+            run.students("pd", guided=False)
+            run.semantic_students("pd", guided=False)
+        mechanism_study(folder / "runs", "small", SEEDS, n=POINTS)
     return folder
 
 
@@ -101,8 +115,93 @@ def test_terms_of_the_decomposition_add_up_and_are_named_by_what_is_known(result
 
 
 def test_the_settings_of_a_study_are_beside_its_tables(results: Path) -> None:
-    spatial, decomposition = (read_json(results / "results" / kind / "small.json") for kind in ("spatial", "bias-variance"))
+    spatial, decomposition, mechanism = (
+        read_json(results / "results" / kind / "small.json") for kind in ("spatial", "bias-variance", "mechanism")
+    )
     assert (spatial["n"], decomposition["n"]) == (12, 10)
     assert "study spatial" in spatial["command"]
     assert spatial["run"]["settings"]["preset"] == "digits"
     assert len(decomposition["runs"]) == 9
+    assert [run["settings"]["seed"] for run in mechanism["runs"].values()] == list(SEEDS)
+    assert mechanism["command"].endswith("small seeds=[1,2,3] n=70 seed=1")
+
+
+@pytest.fixture(scope="module")
+def mechanism(results: Path) -> pd.DataFrame:
+    return pd.read_csv(results / "results" / "mechanism" / "small.csv").set_index(["model", "term", "where"])
+
+
+def test_the_mechanism_is_that_of_the_one_step_students_of_all_seeds(results: Path, mechanism: pd.DataFrame) -> None:
+    assert set(mechanism.index.get_level_values("model")) == {"pd-1", "pd-sgp-1"}
+    images = load_images("digits").reference.images[:POINTS]
+    x = noised(images, 1.0, seed=1)
+    network, _ = load_feature_network(shipped_folder() / "digits" / "features.safetensors")
+    for seed in SEEDS:
+        found = {case.name: case for case in cases(results / "runs" / f"small-seed{seed}", images)}
+        for name in ("pd-1", "pd-sgp-1"):
+            case = found[name]
+            goal = predict(case.source, x, HALF_PI, study.TEACHER_STEPS, **case.condition)
+            made = predict(case.model, x, HALF_PI, 1, **case.condition)
+            error = (made - goal).double().square()[:, 0].numpy()
+            halfway = (goal + x) / 2**0.5
+            attended = found["teacher"].model(halfway, HALF_PI / 2, ["decoder.1.0"]).attention["decoder.1.0"].received().detach().numpy()
+            mask = attended.repeat(2, axis=1).repeat(2, axis=2) > 1
+            known = mechanism.loc[(name, "fd", "image")].set_index("seed")["value"][seed]
+            assert known == pytest.approx(frechet_distance(extract(network, made), extract(network, goal)), rel=1e-4)
+            for where, part in {"image": error, "inside": error[mask], "outside": error[~mask]}.items():
+                told = mechanism.loc[(name, "error", where)].set_index("seed")["value"]
+                assert told[seed] == pytest.approx(part.mean(), rel=1e-4)
+
+
+@pytest.mark.parametrize("where", ["image", "inside", "outside"])
+def test_bias_and_variance_add_up_to_the_mean_error(mechanism: pd.DataFrame, where: str) -> None:
+    parts = mechanism.loc[[("pd-1", "bias", where), ("pd-1", "variance", where)], "value"]
+    assert parts.sum() == pytest.approx(mechanism.loc[("pd-1", "error", where), "value"].mean(), rel=1e-4)
+    assert (parts > 0).all()  # trainings of so large a learning rate differ
+
+
+def test_bias_and_variance_of_known_differences_and_their_standard_errors() -> None:
+    generator = torch.Generator().manual_seed(0)
+    count, points, spread = 4, 20_000, 0.7
+    common = torch.full((points, 1, 2, 2), 0.5, dtype=torch.float64)
+    common[..., 1] = 0.1
+    differences = common + spread * torch.randn(count, points, 1, 2, 2, generator=generator, dtype=torch.float64)
+    left = np.zeros((points, 2, 2))
+    left[..., 0] = 1
+    found = {line[1:3]: line[-2:] for line in study._bias_and_variance("model", differences, left)}
+    for where, bias in (("image", (0.25 + 0.01) / 2), ("inside", 0.25), ("outside", 0.01)):
+        assert found["bias", where][0] == pytest.approx(bias, abs=0.01)  # the naive mean of d, squared, is 0.12 larger
+        assert found["variance", where][0] == pytest.approx(spread**2, abs=0.01)
+    one = np.array([float(differences[[j for j in range(count) if j != k]].var(0).mean()) for k in range(count)])
+    assert found["variance", "image"][1] == pytest.approx(np.sqrt((count - 1) * one.var()), rel=1e-9)
+    assert all(np.isnan(line[-1]) for line in study._bias_and_variance("model", differences[:2], left))
+
+
+def test_detail_is_the_students_fine_power_over_its_teachers(results: Path, mechanism: pd.DataFrame) -> None:
+    detail = mechanism.loc[("pd-1", "detail", "image")].set_index("seed")["value"]
+    images = load_images("digits").reference.images[:POINTS]
+    case = {case.name: case for case in cases(results / "runs" / "small-seed2", images)}["pd-1"]
+    x = noised(images, 1.0, seed=1)
+    powers = []
+    for made in (predict(case.model, x, HALF_PI, 1), predict(case.source, x, HALF_PI, study.TEACHER_STEPS)):
+        power = torch.fft.fft2(made.double(), norm="forward").abs().square().mean((0, 1)).numpy()
+        radius = np.hypot(np.fft.fftfreq(8, 1 / 8)[:, None], np.fft.fftfreq(8, 1 / 8)[None])
+        powers.append(power[np.rint(radius) > 3].sum())  # the highest ring is 6
+    assert detail[2] == pytest.approx(powers[0] / powers[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("seeds", [(), (1,), (1, 1)])
+def test_a_mechanism_needs_two_different_seeds(tmp_path: Path, seeds: tuple[int, ...]) -> None:
+    with pytest.raises(SferdError, match="allowed: two or more, each once"):
+        mechanism_study(tmp_path, "small", seeds)
+
+
+def test_a_mechanism_refuses_runs_of_which_one_lacks_a_student(results: Path) -> None:
+    weights = results / "runs" / "small-seed2" / "weights" / "pd-sgp-1.safetensors"
+    away = weights.with_suffix(".away")
+    weights.rename(away)
+    try:
+        with pytest.raises(SferdError, match=r"2 of 3 runs .* have weights of 'pd-sgp-1'"):
+            mechanism_study(results / "runs", "small", SEEDS, n=POINTS)
+    finally:
+        away.rename(weights)

@@ -1,13 +1,14 @@
 """The instruments on trained models: tables under ``data/results/`` from run folders.
 
 ``python -m sferd_lab.analysis.study spatial RUN NAME [n=500] [seed=1]`` reads a run of the main job, ``... bias-variance ENSEMBLE NAME``
-a folder of ``analysis.ensemble``. Both write ``data/results/<kind>/<NAME>*.csv`` and, beside them, the settings they were made with.
+a folder of ``analysis.ensemble``, ``... mechanism RUNS NAME seeds=[1,2,3]`` the runs ``RUNS/NAME-seed1`` and so on. All write
+``data/results/<kind>/<NAME>*.csv`` and, beside them, the settings they were made with.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,6 +38,8 @@ from sferd_lab.diffusion import HALF_PI, add_noise
 from sferd_lab.errors import SferdError
 from sferd_lab.experiment import provenance
 from sferd_lab.files import read_json, read_record, replacing, write_json
+from sferd_lab.guidance import default_layer
+from sferd_lab.metrics import extract, frechet_distance, load_feature_network
 from sferd_lab.sample import SampleNoise
 
 # Noise levels t = phi / (pi/2); all lie on the consistency grid of 16, and the last is pure noise.
@@ -191,6 +194,91 @@ def bias_variance_study(folder: Path | str, name: str, n: int = 200, seed: int =
     write_json(shipped_folder() / "results" / "bias-variance" / f"{name}.json", about)
 
 
+def mechanism_study(runs: Path | str, name: str, seeds: Sequence[int], n: int = 500, seed: int = 1) -> None:
+    """What separates one-step students from their teacher, for the trainings of all ``seeds``: ``<name>.csv``, a number a line.
+
+    From ``n`` pure noises (more than the feature network has features), the same for all, each student takes one step and its teacher 64
+    by DDIM: d is the difference of the two images, and its teacher is the plain one, or the z-conditional one told the same code of a
+    held-out image. Terms:
+
+    - "error": the mean of d^2, for each seed;
+    - "bias" and "variance", which add up to the mean error of K seeds: (mean d)^2 - s^2 / K, what all trainings have in common, and s^2,
+      what each has of its own, s^2 being d's variance over seeds;
+    - "detail": power of the student's images above half the highest frequency, over that of the teacher's, for each seed;
+    - "fd": the Frechet distance between the two sets of images on the data set's feature network, for each seed.
+
+    The first three are given over the "image" and over its pixels "inside" and "outside" of the guidance's mask: where the teacher, shown
+    its own endpoint with noise at t = 1/2, attends to more than the threshold. ``se`` is the jackknife's over seeds, of bias and variance.
+    """
+    if len(set(seeds)) < 2 or len(set(seeds)) < len(seeds):
+        raise SferdError(f"seeds = {list(seeds)}; allowed: two or more, each once, since a variance needs two")
+    folders = [Path(runs) / f"{name}-seed{number}" for number in seeds]
+    differences: dict[str, list[Tensor]] = {}
+    masks: dict[str, list[np.ndarray]] = {}
+    lines: list[tuple[str, str, str, int | None, float, float]] = []
+    for number, folder in zip(seeds, folders, strict=True):
+        settings = run_settings(folder)
+        data = load_images(settings.data, settings.image_size, settings.data_folder)
+        images, own = data.reference.images[:n], folder / "weights" / "features.safetensors"
+        network, _ = load_feature_network(own if own.exists() else shipped_folder() / data.name / "features.safetensors")
+        x = noised(images, 1.0, seed)
+        found = list(cases(folder, images))
+        teacher = found[0].model
+        layer = settings.guidance_layer or default_layer(teacher.attention_layers)
+        endpoints: dict[int, tuple[Tensor, np.ndarray]] = {}  # by teacher
+        for case in found:
+            if case.source is None or case.steps not in (None, 1):
+                continue
+            if id(case.source) not in endpoints:
+                goal = predict(case.source, x, HALF_PI, TEACHER_STEPS, **case.condition)
+                attended = attention_maps(teacher, add_noise(goal, x, HALF_PI / 2), HALF_PI / 2, [layer])[layer]
+                endpoints[id(case.source)] = goal, to_grid(attended, goal.shape[2:]) > settings.guidance_threshold
+            goal, mask = endpoints[id(case.source)]
+            made = predict(case.model, x, HALF_PI, 1, **case.condition)
+            differences.setdefault(case.name, []).append((goal - made).double())
+            masks.setdefault(case.name, []).append(mask)
+            lines += [(case.name, "error", *line, np.nan) for line in _by_region(error_map(made, goal), mask, number)]
+            fine = [radial_power(values).query("frequency > frequency.max() / 2")["power"].sum() for values in (made, goal)]
+            lines.append((case.name, "detail", "image", number, fine[0] / fine[1], np.nan))
+            apart = frechet_distance(extract(network, made), extract(network, goal))
+            lines.append((case.name, "fd", "image", number, apart, np.nan))
+    for model, parts in differences.items():
+        if len(parts) != len(seeds):
+            raise SferdError(f"{len(parts)} of {len(seeds)} runs under {runs} have weights of '{model}'; allowed: all or none")
+        lines += _bias_and_variance(model, torch.stack(parts), np.mean(masks[model], axis=0))
+    columns = ["model", "term", "where", "seed", "value", "se"]
+    _write("mechanism", name, pd.DataFrame(lines, columns=columns).astype({"seed": "Int64"}))
+    command = f"python -m sferd_lab.analysis.study mechanism {runs} {name} seeds={list(seeds)} n={n} seed={seed}".replace(", ", ",")
+    about = {"command": command, "runs": {folder.name: read_json(folder / "config.json") for folder in folders}, **provenance()}
+    write_json(shipped_folder() / "results" / "mechanism" / f"{name}.json", about)
+
+
+def _by_region(error: np.ndarray, weight: np.ndarray, number: int | None) -> list[tuple[str, int | None, float]]:
+    """Means of ``error`` over all pixels, those with ``weight`` and those without."""
+    regions = {"image": np.ones_like(error), "inside": weight, "outside": 1 - weight}
+    return [(where, number, float((error * part).sum() / part.sum())) for where, part in regions.items()]
+
+
+def _bias_and_variance(model: str, differences: Tensor, weight: np.ndarray) -> list[tuple[str, str, str, None, float, float]]:
+    """Lines of "bias" and "variance" of ``differences`` (K, N, C, H, W), with the jackknife's standard errors where K is above 2."""
+
+    def split(chosen: Tensor) -> np.ndarray:
+        variance = chosen.var(0)
+        maps = chosen.mean(0).square() - variance / len(chosen), variance
+        return np.array([[value for *_, value in _by_region(part.mean(1).numpy(), weight, None)] for part in maps])
+
+    count, whole = len(differences), split(differences)
+    se = np.full_like(whole, np.nan)
+    if count > 2:
+        without = np.stack([split(differences[[other for other in range(count) if other != left]]) for left in range(count)])
+        se = np.sqrt((count - 1) / count * ((without - without.mean(0)) ** 2).sum(0))
+    return [
+        (model, term, where, None, float(whole[i, j]), float(se[i, j]))
+        for i, term in enumerate(("bias", "variance"))
+        for j, where in enumerate(("image", "inside", "outside"))
+    ]
+
+
 def _write(kind: str, name: str, table: pd.DataFrame) -> None:
     """A table of results, numbers to five digits: more would be noise, and no smaller file."""
     numbers = table.select_dtypes(np.floating).columns
@@ -200,5 +288,5 @@ def _write(kind: str, name: str, table: pd.DataFrame) -> None:
 
 
 if __name__ == "__main__":
-    studies = {"spatial": spatial_study, "bias-variance": bias_variance_study}
+    studies = {"spatial": spatial_study, "bias-variance": bias_variance_study, "mechanism": mechanism_study}
     studies[sys.argv[1]](sys.argv[2], sys.argv[3], **parse_literals(sys.argv[4:]))

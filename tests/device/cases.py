@@ -273,7 +273,7 @@ CASES: dict[str, Callable[[torch.device], Tensor]] = {
     "cd, heun": consistency("heun", 0.0, "pseudo_huber"),
     "cd, heun, target network, guided": consistency("heun", 0.9, "x0_snr", guided=True),
     "sgp, walk, pd": semantic(lambda source: ProgressiveTarget(source, 2, on_images)),
-    "sgp, walk, cd": semantic(lambda source: ConsistencyTarget(source, 4, "ddim", on_images, sampling_steps=2)),
+    "sgp, walk, cd": semantic(lambda source: ConsistencyTarget(source, 4, "ddim", on_images)),
     "sgp, data": semantic(lambda source: DataTarget(source, 2, on_images), joint=True),
     "sgp, conditional": semantic(lambda source: denoising_target(0.0, HALF_PI, on_images)),
     "pair, pd": distilled_pair(lambda source, told: ProgressiveTarget(source, 1, told, told)),

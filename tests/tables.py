@@ -1,0 +1,244 @@
+"""The tables of results in README.md and data/results/README.md, written from the committed rows.
+
+.venv/bin/python tests/tables.py writes both files; with --check it writes nothing and fails when they are out of date.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import pandas as pd
+
+from sferd_lab import report
+from sferd_lab.experiment import Row, read_table
+from sferd_lab.files import replacing
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "data" / "results"
+FILES = ROOT / "README.md", RESULTS / "README.md"
+PLAIN = {method: Row(method, sampler="ddim" if method == "pd" else "consistency") for method in ("pd", "cd")}
+TEACHER = Row("teacher", sampler="ddim")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a table: a name, the samples, and the folder of results (for the digits' controls also the study) that they are in."""
+
+    name: str
+    row: Row
+    folder: str
+    study: str = ""
+
+    def scores(self, steps: int, metric: str = "fd") -> pd.Series:
+        """One number a seed, none where there is no such row. Raises SferdError for two numbers of one seed."""
+        told = rows_of(self.folder, self.study), replace(self.row, steps=steps), metric
+        return pd.Series(dtype=float) if report.of_row(*told).empty else report.by_seed(*told)
+
+    def over(self, plain: Line, steps: int, metric: str = "fd") -> str:
+        """The ratio to ``plain`` with its interval; of one seed the ratio alone. Bold: the interval lies below 1."""
+        mine = self.scores(steps, metric)
+        if mine.empty or (self.row, self.folder, self.study) == (plain.row, plain.folder, plain.study):
+            return "" if mine.empty else "1"
+        middle, low, high, seeds = report.ratio(mine, plain.scores(steps, metric))
+        if seeds == 1:
+            return f"{middle:.2f}"
+        text = f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+        return f"**{text}**" if high < 1 else text
+
+    def closed(self, plain: Line, teacher: Line) -> str:
+        """The share of the way from the plain student's one step to the teacher's 64 that this one goes, with its interval."""
+        table = pd.DataFrame({"mine": self.scores(1), "plain": plain.scores(1), "teacher": teacher.scores(64)}).dropna()
+        if table.empty:
+            return ""
+        middle, low, high = report.over_seeds((table["plain"] - table["mine"]) / (table["plain"] - table["teacher"]))
+        return f"{middle:.2f}" + (f" [{low:.2f}, {high:.2f}]" if len(table) > 1 else "")
+
+
+@cache
+def rows_of(folder: str, study: str = "") -> pd.DataFrame:
+    table = read_table(RESULTS / folder / "metrics.csv")
+    return table[table["run"].str.fullmatch(rf"{re.escape(study)}-seed\d+")] if study else table
+
+
+def spread(values: pd.Series) -> str:
+    """Mean and standard deviation over seeds; the mean alone of one."""
+    if values.empty:
+        return ""
+    return digits_of(values.mean(), 3) + (f" ± {digits_of(values.std(ddof=1), 2)}" if len(values) > 1 else "")
+
+
+def digits_of(value: float, significant: int) -> str:
+    return f"{value:#.{significant}g}".rstrip(".")
+
+
+def span(seeds: list[int]) -> str:
+    consecutive = len(seeds) > 2 and seeds == list(range(seeds[0], seeds[-1] + 1))
+    return f"{seeds[0]} to {seeds[-1]}" if consecutive else ", ".join(map(str, seeds))
+
+
+def with_sgp(method: str, guidance: bool = False, z: str = "prior", target: str = "conditional") -> Row:
+    return replace(PLAIN[method], guidance=guidance, sgp=target, z=z)
+
+
+def digits(method: str) -> list[Line]:
+    """Every line of the digits for one method of distillation."""
+    own, upper, guided = "digits-controls", method.upper(), replace(PLAIN[method], guidance=True)
+    lines = [
+        Line(upper, PLAIN[method], "digits"),
+        Line(f"{upper}, trained longer", PLAIN[method], own, "long"),
+        Line(f"{upper} + guidance, the paper's form (x0)", guided, own, "guidance-x0"),
+        *(Line(f"the same, mask: {name}", guided, own, f"mask-x0-{name}") for name in ("random", "inverse", "full")),
+        Line(f"{upper} + guidance, the code's form (eps)", guided, "digits"),
+        *(Line(f"the same, mask: {name}", guided, own, f"mask-{name}") for name in ("random", "inverse", "edge", "full")),
+        Line("the same, guided in every stage", guided, own, "guidance-every"),
+        Line(f"{upper} + SGP, the paper's order (walk target, latent diffusion)", with_sgp(method, target="walk"), own, "paper"),
+        Line(
+            f"SFERD-{upper}: both, the paper's order and its form of guidance (x0)", with_sgp(method, True, target="walk"), own, "paper-x0"
+        ),
+        Line(f"{upper} + both, the paper's order, guidance eps", with_sgp(method, True, target="walk"), own, "paper"),
+        Line(f"{upper} + SGP, the release's target (data)", with_sgp(method, target="data"), own, "data"),
+        Line(f"{upper} + SGP, preset (mixture prior)", with_sgp(method), "digits"),
+        Line("the same, codes of real images", with_sgp(method, z="encoder"), "digits"),
+        Line(f"{upper} + both, preset, guidance eps", with_sgp(method, True), "digits"),
+        Line(f"{upper} + SGP, preset, kernel prior", with_sgp(method), own, "kernel"),
+        Line(f"{upper} + SGP, preset, latent diffusion", with_sgp(method), own, "diffusion"),
+        Line(f"{upper} + SGP, whole chain, mixture prior", with_sgp(method), own, "chain"),
+        Line("the same, codes of real images", with_sgp(method, z="encoder"), own, "chain"),
+        Line("the same, told no code", with_sgp(method), own, "blind"),
+        Line(f"{upper} + SGP, improved (whole chain, kernel prior)", with_sgp(method), own, "improved"),
+        Line(f"SFERD-{upper}: both, improved, guidance x0", with_sgp(method, True), own, "improved-x0"),
+        Line(f"{upper} + both, improved, guidance eps", with_sgp(method, True), own, "improved"),
+    ]
+    return [line for line in lines if len(line.scores(1))]
+
+
+def fashion(method: str) -> list[Line]:
+    """Every line of Fashion-MNIST for one method of distillation."""
+    upper, name = method.upper(), "fashion16"
+    lines = [
+        Line(upper, PLAIN[method], name),
+        Line(f"{upper}, 2.2 times the training", PLAIN[method], f"{name}-long"),
+        Line(f"{upper} + guidance, the code's form (eps)", replace(PLAIN[method], guidance=True), name),
+        Line(f"{upper} + SGP, preset (mixture prior)", with_sgp(method), name),
+        Line("the same, codes of real images", with_sgp(method, z="encoder"), name),
+        Line("the same, kernel prior", with_sgp(method), f"{name}-kernel"),
+        Line("the same, latent diffusion", with_sgp(method), f"{name}-diffusion"),
+        Line(f"{upper} + SGP, improved (12,000 steps of encoder and predictor, kernel prior)", with_sgp(method), f"{name}-improved"),
+        Line("the same, codes of real images", with_sgp(method, z="encoder"), f"{name}-improved"),
+        Line("the same, mixture prior", with_sgp(method), f"{name}-improved-mixture"),
+    ]
+    return [line for line in lines if len(line.scores(1))]
+
+
+def undistilled() -> list[Line]:
+    told = Row("teacher", sgp="conditional", z="prior", sampler="ddim")
+    return [
+        Line("z-conditional teacher, preset, mixture prior", told, "fashion16"),
+        Line("z-conditional teacher, improved, kernel prior", told, "fashion16-improved"),
+    ]
+
+
+def markdown(columns: list[str], lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [columns, ["---"] * len(columns), *lines])
+
+
+def floor(folder: str, metric: str = "fd") -> str:
+    row = rows_of(folder).query("metric == @metric and floor.notna()").iloc[0]
+    return f"{digits_of(row['floor'], 3)} ± {digits_of(row['floor_sd'], 2)}"
+
+
+def every_line(folder: str, of_method: Callable[[str], list[Line]], more: list[Line]) -> str:
+    """The whole table of a data set."""
+    columns = ["samples", "seeds", "1 step", "2 steps", "4 steps", "16 steps", "64 steps", "1 step over plain", "2 steps", "4 steps"]
+    columns += ["1 step, second network", "gap closed, 1 step", "1000 KID", "recall", "neighbour ratio", "MFLOP an image"]
+    teachers = [Line("teacher, DDIM", TEACHER, folder)]
+    if folder == "digits":  # which has a study of its own, with more step counts
+        samplers = {"DDIM": TEACHER, "Heun": replace(TEACHER, sampler="heun")}
+        teachers = [Line(f"teacher, {name}", row, "digits-controls", "teacher") for name, row in samplers.items()]
+    lines = [["real images", "", f"floor: {floor(folder)}", *[""] * 13]]
+    for line in [*teachers, *of_method("pd"), *of_method("cd"), *more]:
+        cells = [line.name, span(line.scores(1).index.tolist()), *(spread(line.scores(steps)) for steps in (1, 2, 4, 16, 64))]
+        if line.row.method in PLAIN:
+            plain = Line("", PLAIN[line.row.method], folder)
+            cells += [line.over(plain, 1), line.over(plain, 2), line.over(plain, 4), line.over(plain, 1, "fd_second")]
+            cells.append("0" if line.over(plain, 1) == "1" else line.closed(plain, teachers[0]))
+            cells.append(digits_of(1000 * line.scores(1, "kid").mean(), 3))
+            cells += [f"{line.scores(1, metric).mean():.2f}" for metric in ("recall", "memorisation_ratio")]
+        else:
+            cells += [""] * 8
+        cells.append(f"{line.scores(1, 'sampling_mflops_per_image').iloc[0]:.1f}")
+        lines.append(cells)
+    return markdown(columns, lines)
+
+
+def headline() -> str:
+    """What a reader wants first: both data sets, the paper's recipe and the improved one beside plain students, teacher and floor."""
+    own, far = "digits-controls", "fashion16-improved"
+    told: list[tuple[str, Line, Line | None]] = []
+    for method in PLAIN:
+        upper, plain, both = method.upper(), PLAIN[method], with_sgp(method, True)
+        form = "-x0" if method == "pd" else ""  # which guidance the lines with both parts have been run with
+        guidance = "" if form else ", guidance as in the code"
+        told += [
+            (upper, Line("", plain, "digits"), Line("", plain, "fashion16")),
+            (f"{upper} + guidance, the paper's form", Line("", replace(plain, guidance=True), own, "guidance-x0"), None),
+            (f"{upper} + SGP, the paper's order", Line("", with_sgp(method, target="walk"), own, "paper"), None),
+            (f"SFERD-{upper}: both, the paper's order{guidance}", Line("", replace(both, sgp="walk"), own, f"paper{form}"), None),
+            (f"{upper} + SGP, improved", Line("", with_sgp(method), own, "improved"), Line("", with_sgp(method), far)),
+            (f"SFERD-{upper}: both, improved{guidance}", Line("", both, own, f"improved{form}"), Line("", both, far)),
+        ]
+    sets = {"digits": "digits", "fashion16": "Fashion"}
+    columns = ["FD", *(text for name in sets.values() for text in (f"{name}: seeds", "1 step", "2 steps", "4 steps", "1 step over plain"))]
+    lines = [["real images (floor)", *(cell for name in sets for cell in ("", floor(name), "", "", ""))]]
+    teachers = [Line("", TEACHER, name) for name in sets]
+    many = [(span(line.scores(64).index.tolist()), spread(line.scores(64)), "", "", "") for line in teachers]
+    lines.append(["teacher, 64 steps", *(cell for cells in many for cell in cells)])
+    for name, *pair in [("teacher, as few steps", *teachers), *told]:
+        cells = [name]
+        for folder, line in zip(sets, pair, strict=True):
+            if line is None or line.scores(1).empty:
+                cells += [""] * 5
+                continue
+            plain = PLAIN.get(line.row.method)
+            cells += [span(line.scores(1).index.tolist()), *(spread(line.scores(steps)) for steps in (1, 2, 4))]
+            cells.append(line.over(Line("", plain, folder), 1) if plain else "")
+        lines.append(cells)
+    return markdown(columns, lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "headline": headline,
+    "digits": lambda: every_line("digits", digits, []),
+    "fashion16": lambda: every_line("fashion16", fashion, undistilled()),
+}
+
+
+def written(text: str) -> str:
+    """``text`` with what is between ``<!-- table: NAME -->`` and ``<!-- end -->`` made anew."""
+    return re.sub(
+        r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)",
+        lambda match: f"{match[1]}\n{TABLES[match[2]]()}\n\n{match[3]}",
+        text,
+        flags=re.DOTALL,
+    )
+
+
+def main(check: bool = False) -> int:
+    """Write the tables, or say which file has old ones; the exit status."""
+    old = {path: text for path in FILES if (text := written(path.read_text())) != path.read_text()}
+    for path, text in old.items():
+        if check:
+            sys.stderr.write(f"{path.relative_to(ROOT)}: its tables are not those of data/results/; run python tests/tables.py\n")
+        else:
+            with replacing(path) as temporary:
+                temporary.write_text(text)
+    return int(check and bool(old))
+
+
+if __name__ == "__main__":
+    sys.exit(main("--check" in sys.argv[1:]))
