@@ -26,7 +26,7 @@ plan: .venv/ready
 experiment: .venv/ready
 	$(if $(file),$(BIN)/python -m sferd_lab.config $(file))
 	@mkdir -p $(run_folder)
-	TQDM_MININTERVAL=10 SFERD_LAB_WIDGETS=0 $(BIN)/papermill --log-output --no-progress-bar notebooks/experiment.ipynb $(run_folder)/experiment.ipynb \
+	TQDM_MININTERVAL=10 SFERD_LAB_WIDGETS=0 $(BIN)/papermill --log-output --no-progress-bar --start-timeout 600 notebooks/experiment.ipynb $(run_folder)/experiment.ipynb \
 		$(if $(file),-f $(file)) -p run_folder $(run_folder) $(parameters)
 	$(BIN)/jupyter nbconvert --log-level WARN --to html --no-input --TagRemovePreprocessor.enabled True \
 		--TagRemovePreprocessor.remove_all_outputs_tags progress --TagRemovePreprocessor.remove_cell_tags course $(run_folder)/experiment.ipynb
@@ -38,7 +38,7 @@ test: .venv/ready lint
 
 test-notebooks: .venv/ready
 	folder=$$(mktemp -d) && OMP_NUM_THREADS=1 SFERD_LAB_TINY=1 SFERD_LAB_WIDGETS=0 SFERD_LAB_RUNS=$$folder $(BIN)/python -m pytest \
-		-n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout 300 notebooks; status=$$?; rm -rf $$folder; exit $$status
+		-n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-kernel-startup-timeout 600 --nbval-cell-timeout 300 notebooks; status=$$?; rm -rf $$folder; exit $$status
 
 # The notebooks in a real JupyterLab in a browser, by keyboard; some of them: make test-browser only="first or 01_".
 # Another browser: make test-browser CHROMIUM=/path/to/the/program

@@ -62,6 +62,7 @@ NEARLY_A_NUMBER = re.compile(r"[-+]?\d+[eE][-+]?\d+")
 LONGEST_NAME = 120  # of a run's folder; file systems take 255 bytes
 MOST_RUNS = 10_000  # twenty lines of a grid make more than there is time for
 LOCK = ".lock"
+KERNEL_START = 600  # seconds that a run's kernel may take to start: on a loaded machine papermill's 60 are not enough
 
 
 @dataclass(frozen=True)
@@ -262,7 +263,8 @@ def _execute_notebook(job: Mapping[str, Any], folder: Path) -> None:
     parameters = job["what"]["parameters"] | ({"run_folder": str(folder)} if job["has_folder"] else {})
     path = folder / "executed.ipynb"
     write_text(path, job["notebook"])
-    execute_notebook(_verbatim(path), _verbatim(path), parameters, cwd=job["directory"], progress_bar=False, log_output=True)
+    options = {"cwd": job["directory"], "start_timeout": KERNEL_START, "progress_bar": False, "log_output": True}
+    execute_notebook(_verbatim(path), _verbatim(path), parameters, **options)
 
 
 def _stop_with_worker() -> None:

@@ -245,7 +245,7 @@ def test_an_interrupted_cell_goes_on_when_it_is_run_again(tmp_path: Path, monkey
 
     monkeypatch.setenv("SFERD_LAB_TINY", "1")
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "jupyter"))
-    manager, client = start_new_kernel(kernel_name="python3", cwd=str(ROOT), startup_timeout=120)
+    manager, client = start_new_kernel(kernel_name="python3", cwd=str(ROOT), startup_timeout=600)
     try:
 
         def run(name: str) -> dict[str, object]:

@@ -29,7 +29,7 @@ def test_it_runs_with_other_parameters(path: Path, tmp_path: Path, monkeypatch: 
     for name, value in parameters.items():
         assert name in defaults, f"{path.stem} has no parameter {name}; papermill would only warn"
         assert defaults[name]["default"] != repr(value)
-    papermill.execute_notebook(path, tmp_path / "out.ipynb", parameters, cwd=path.parent, progress_bar=False)
+    papermill.execute_notebook(path, tmp_path / "out.ipynb", parameters, cwd=path.parent, start_timeout=600, progress_bar=False)
     cells = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
     (injected,) = [cell for cell in cells if "injected-parameters" in cell.metadata.get("tags", [])]
     assert all(name in injected.source for name in parameters)

@@ -142,7 +142,7 @@ def test_papermill_stops_at_an_unknown_or_impossible_parameter(tmp_path: Path) -
         with pytest.raises(papermill.PapermillExecutionError, match=words):
             papermill.execute_notebook(
                 ROOT / "notebooks" / "experiment.ipynb", tmp_path / "out.ipynb", {name: value, "run_folder": str(tmp_path / "run")},
-                progress_bar=False,
+                start_timeout=600, progress_bar=False,
             )  # fmt: skip
         assert not (tmp_path / "run").exists()
 

@@ -29,7 +29,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 from sferd_lab.errors import SferdError
 from sferd_lab.files import read_json, write_json
-from sferd_lab.sweep import Sweep, main, read_sweep, run_name, run_sweep
+from sferd_lab.sweep import Sweep, _execute_notebook, main, read_sweep, run_name, run_sweep
 
 PATIENCE = 600  # seconds: a loaded machine takes minutes to start a few processes
 # Every way in which text could break out of a literal.
@@ -289,6 +289,15 @@ def test_a_failed_runs_notebook_and_log_are_kept(mixed: Mixed) -> None:
     assert log.count("Executing notebook with kernel") == 2
 
 
+def test_a_kernel_has_minutes_to_start(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # On a loaded machine one took over a minute, papermill's own limit, and the run was called failed.
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("papermill.execute_notebook", lambda *_, **options: given.update(options))
+    job = {"what": {"parameters": {"text": "a"}}, "has_folder": False, "notebook": small.read_text(), "directory": str(small.parent)}
+    _execute_notebook(job, small.parent)
+    assert given["start_timeout"] >= 600
+
+
 def test_the_table_has_every_row_of_the_runs_that_are_done(mixed: Mixed) -> None:
     table = pd.read_csv(mixed.folder / "table.csv")
     assert list(table.columns) == ["run", "text", "metric", "value"]
@@ -396,7 +405,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         scheduler = start("scheduler", "--port", "0", *common)
         # Without a nanny, so that the process is the worker and nobody starts another in its place.
         workers = [
-            start("worker", "--nthreads", "1", "--no-nanny", "--death-timeout", "60", "--local-directory", str(place), *common)
+            start("worker", "--nthreads", "1", "--no-nanny", "--death-timeout", "600", "--local-directory", str(place), *common)
             for _ in range(2)
         ]
         try:
