@@ -123,6 +123,9 @@ class Settings(BaseModel):
     )
     sampling_batch: Count = Field(250, description="images sampled at once")
     neighbours: Count = Field(5, description="k of precision, recall, density and coverage")
+    contrast: Annotated[float, Field(gt=0, le=10)] = Field(
+        1.0, description="control: students' images are scored that many times as far from black"
+    )
 
     device: Literal["auto", "cpu"] = Field("auto", description="auto: accelerate's choice (CUDA or MPS when there)")
     processes: Count = Field(1, description="processes that a notebook starts, one a GPU; torchrun's number counts instead of it")

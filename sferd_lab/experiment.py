@@ -557,13 +557,19 @@ class Run:
         seconds = time.perf_counter() - started
         if row == self.yardstick_row:
             self.yardstick = samples.images
+        images = self._stretched(row, samples.images)
         flops = self._flops(row, denoiser, prior, condition)
         extra = {"sampling_ms_per_image": 1000 * seconds / self.settings.n_samples, "sampling_mflops_per_image": flops / 1e6}
         extra |= {f"nfe_{role}": float(count) for role, count in samples.nfe.items()}
         if row.sampler != "consistency" or row.steps == 1:  # with fresh noise on the way there is no common trajectory
-            apart = (samples.images - self.yardstick).square().flatten(1).mean(1)
+            apart = (images - self.yardstick).square().flatten(1).mean(1)
             extra["teacher_mse"] = float(processes.gather(apart, self.device).mean())
-        return self._record(row, samples.images, extra)
+        return self._record(row, images, extra)
+
+    def _stretched(self, row: Row, images: Tensor) -> Tensor:
+        """A student's images by ``contrast`` times as far from black: a control for a method that brightens what it draws."""
+        factor = self.settings.contrast
+        return images if row.method == "teacher" or factor == 1 else (images + 1) * factor - 1
 
     @property
     def yardstick_row(self) -> Row:

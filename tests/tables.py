@@ -119,11 +119,12 @@ def digits(method: str) -> list[Line]:
 
 def fashion(method: str) -> list[Line]:
     """Every line of Fashion-MNIST for one method of distillation."""
-    upper, name = method.upper(), "fashion16"
+    upper, name, guided = method.upper(), "fashion16", replace(PLAIN[method], guidance=True)
     lines = [
         Line(upper, PLAIN[method], name),
         Line(f"{upper}, 2.2 times the training", PLAIN[method], f"{name}-long"),
-        Line(f"{upper} + guidance, the code's form (eps)", replace(PLAIN[method], guidance=True), name),
+        Line(f"{upper} + guidance, the paper's form (x0)", guided, f"{name}-improved-x0"),
+        Line(f"{upper} + guidance, the code's form (eps)", guided, name),
         Line(f"{upper} + SGP, preset (mixture prior)", with_sgp(method), name),
         Line("the same, codes of real images", with_sgp(method, z="encoder"), name),
         Line("the same, kernel prior", with_sgp(method), f"{name}-kernel"),
@@ -131,6 +132,7 @@ def fashion(method: str) -> list[Line]:
         Line(f"{upper} + SGP, improved (12,000 steps of encoder and predictor, kernel prior)", with_sgp(method), f"{name}-improved"),
         Line("the same, codes of real images", with_sgp(method, z="encoder"), f"{name}-improved"),
         Line("the same, mixture prior", with_sgp(method), f"{name}-improved-mixture"),
+        Line(f"SFERD-{upper}: both, improved, guidance x0", with_sgp(method, True), f"{name}-improved-x0"),
     ]
     return [line for line in lines if len(line.scores(1))]
 
@@ -179,6 +181,7 @@ def every_line(folder: str, of_method: Callable[[str], list[Line]], more: list[L
 def headline() -> str:
     """What a reader wants first: both data sets, the paper's recipe and the improved one beside plain students, teacher and floor."""
     own, far = "digits-controls", "fashion16-improved"
+    far_both = f"{far}-x0"
     told: list[tuple[str, Line, Line | None]] = []
     for method in PLAIN:
         upper, plain, both = method.upper(), PLAIN[method], with_sgp(method, True)
@@ -186,11 +189,15 @@ def headline() -> str:
         guidance = "" if form else ", guidance as in the code"
         told += [
             (upper, Line("", plain, "digits"), Line("", plain, "fashion16")),
-            (f"{upper} + guidance, the paper's form", Line("", replace(plain, guidance=True), own, "guidance-x0"), None),
+            (
+                f"{upper} + guidance, the paper's form",
+                Line("", replace(plain, guidance=True), own, "guidance-x0"),
+                Line("", replace(plain, guidance=True), far_both),
+            ),
             (f"{upper} + SGP, the paper's order", Line("", with_sgp(method, target="walk"), own, "paper"), None),
             (f"SFERD-{upper}: both, the paper's order{guidance}", Line("", replace(both, sgp="walk"), own, f"paper{form}"), None),
             (f"{upper} + SGP, improved", Line("", with_sgp(method), own, "improved"), Line("", with_sgp(method), far)),
-            (f"SFERD-{upper}: both, improved{guidance}", Line("", both, own, f"improved{form}"), Line("", both, far)),
+            (f"SFERD-{upper}: both, improved{guidance}", Line("", both, own, f"improved{form}"), Line("", both, far_both)),
         ]
     sets = {"digits": "digits", "fashion16": "Fashion"}
     columns = ["FD", *(text for name in sets.values() for text in (f"{name}: seeds", "1 step", "2 steps", "4 steps", "1 step over plain"))]

@@ -780,6 +780,19 @@ def test_known_bad_sets_are_scored_once(tmp_path: Path, monkeypatch: pytest.Monk
     )
 
 
+def test_contrast_stretches_the_students_images_from_black_and_nobody_elses(tmp_path: Path) -> None:
+    given = {"methods": ["pd"], "guided": [False], "sgp": False}
+    plain, stretched = (start(tmp_path / str(factor), contrast=factor, **given) for factor in (1.0, 1.25))
+    for row, same in zip(plain.rows(), stretched.rows(), strict=True):
+        assert row == same
+        factor = 1.0 if row.method == "teacher" else 1.25
+        torch.testing.assert_close(stretched.images(row) + 1, factor * (plain.images(row) + 1))
+        scores, before = (run.table().set_index(["method", "steps", "metric"])["value"] for run in (stretched, plain))
+        for metric in ("fd", "teacher_mse"):
+            name = (row.method, row.steps, metric)
+            assert (scores[name] == before[name]) == (row.method == "teacher")
+
+
 # ---- small parts
 
 
