@@ -23,6 +23,7 @@ RESULTS = ROOT / "data" / "results"
 FILES = ROOT / "README.md", RESULTS / "README.md"
 PLAIN = {method: Row(method, sampler="ddim" if method == "pd" else "consistency") for method in ("pd", "cd")}
 TEACHER = Row("teacher", sampler="ddim")
+FACTORS = "1.05", "1.1", "1.15", "1.2"  # of the control of contrast
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ def digits(method: str) -> list[Line]:
     lines = [
         Line(upper, PLAIN[method], "digits"),
         Line(f"{upper}, trained longer", PLAIN[method], own, "long"),
+        *(Line(f"{upper}, images {factor} times as far from black", PLAIN[method], own, f"contrast-{factor}") for factor in FACTORS),
         Line(f"{upper} + guidance, the paper's form (x0)", guided, own, "guidance-x0"),
         *(Line(f"the same, mask: {name}", guided, own, f"mask-x0-{name}") for name in ("random", "inverse", "full")),
         Line(f"{upper} + guidance, the code's form (eps)", guided, "digits"),
@@ -123,7 +125,11 @@ def fashion(method: str) -> list[Line]:
     lines = [
         Line(upper, PLAIN[method], name),
         Line(f"{upper}, 2.2 times the training", PLAIN[method], f"{name}-long"),
-        Line(f"{upper} + guidance, the paper's form (x0)", guided, f"{name}-improved-x0"),
+        *(
+            Line(f"{upper}, images {factor} times as far from black", PLAIN[method], f"{name}-contrast", f"contrast-{factor}")
+            for factor in FACTORS
+        ),
+        Line(f"{upper} + guidance, the paper's form (x0)", guided, f"{name}-guidance-x0"),
         Line(f"{upper} + guidance, the code's form (eps)", guided, name),
         Line(f"{upper} + SGP, preset (mixture prior)", with_sgp(method), name),
         Line("the same, codes of real images", with_sgp(method, z="encoder"), name),
@@ -181,7 +187,7 @@ def every_line(folder: str, of_method: Callable[[str], list[Line]], more: list[L
 def headline() -> str:
     """What a reader wants first: both data sets, the paper's recipe and the improved one beside plain students, teacher and floor."""
     own, far = "digits-controls", "fashion16-improved"
-    far_both = f"{far}-x0"
+    far_both, far_guided = f"{far}-x0", "fashion16-guidance-x0"
     told: list[tuple[str, Line, Line | None]] = []
     for method in PLAIN:
         upper, plain, both = method.upper(), PLAIN[method], with_sgp(method, True)
@@ -192,7 +198,7 @@ def headline() -> str:
             (
                 f"{upper} + guidance, the paper's form",
                 Line("", replace(plain, guidance=True), own, "guidance-x0"),
-                Line("", replace(plain, guidance=True), far_both),
+                Line("", replace(plain, guidance=True), far_guided),
             ),
             (f"{upper} + SGP, the paper's order", Line("", with_sgp(method, target="walk"), own, "paper"), None),
             (f"SFERD-{upper}: both, the paper's order{guidance}", Line("", replace(both, sgp="walk"), own, f"paper{form}"), None),

@@ -385,7 +385,7 @@ def test_the_shipped_students_draw_garments_in_one_step() -> None:
         return sum(float(difference.square().sum()) for difference in moments) / float(statistics["covariance"].square().sum())
 
     teacher = distance("fashion-mnist-16/teacher")
-    for name in ("fashion-mnist-16/pd-1", "checkpoints/fashion-mnist-16/pd-sgp-1"):
+    for name in ("fashion-mnist-16/pd-1", "checkpoints/fashion-mnist-16/pd-guided-sgp-1"):
         assert distance(name) < 0.2 * teacher, name
 
 

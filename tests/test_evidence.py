@@ -44,6 +44,7 @@ class Claim:
 
 PD1 = "method == 'pd' and not guidance and sgp == '' and steps == 1"
 GUIDED1 = "method == 'pd' and guidance and sgp == '' and steps == 1"
+BOTH1 = "method == 'pd' and guidance and sgp != '' and z == 'prior' and steps == 1"
 TEACHER = "method == 'teacher' and not guidance and sgp == ''"
 
 
@@ -52,7 +53,7 @@ def pair(z: str = "prior", method: str = "pd", steps: str = "steps == 1", more: 
 
 
 def with_both(name: str) -> str:
-    return f"method == 'pd' and guidance and sgp != '' and z == 'prior' and steps == 1 and {study(name)}"
+    return f"{BOTH1} and {study(name)}"
 
 
 def study(name: str) -> str:
@@ -73,6 +74,9 @@ CLAIMS = [
     Claim("10_controls", "157e00e4", f"{GUIDED1} and {study('mask-x0-random')}", f"{GUIDED1} and {study('guidance-x0')}", CONTROLS),
     Claim("10_controls", "157e00e4", f"{GUIDED1} and {study('mask-x0-inverse')}", f"{GUIDED1} and {study('guidance-x0')}", CONTROLS),
     Claim("10_controls", "157e00e4", f"{GUIDED1} and {study('mask-x0-full')}", f"{GUIDED1} and {study('mask-x0-random')}", CONTROLS),
+    Claim("10_controls", "b19f7e55", f"{PD1} and {study('contrast-1.1')}", PD1, CONTROLS, "digits/metrics.csv"),
+    Claim("10_controls", "b19f7e55", f"{GUIDED1} and {study('guidance-x0')}", GUIDED1, CONTROLS, "digits/metrics.csv"),
+    Claim("10_controls", "4480af72", f"{PD1} and {study('contrast-1.1')}", PD1, CONTROLS, "digits/metrics.csv"),
     Claim("10_controls", "0b4e4069", weighted("eps", -0.7), weighted("eps", 0.1), CONTROLS),
     Claim("10_controls", "0b4e4069", weighted("x0", 1.0), weighted("x0", -0.7), CONTROLS),
     Claim("10_controls", "0b4e4069", weighted("eps", 0.3, 0.8), weighted("eps", 0.3, 1.2), CONTROLS),
@@ -125,6 +129,9 @@ CLAIMS = [
     Claim("11_evidence", "b1a40009", pair(), PD1, "fashion16-improved/metrics.csv", FASHION),
     Claim("11_evidence", "b1a40009", pair(), pair(), "fashion16-improved-mixture/metrics.csv", FASHION),
     Claim("11_evidence", "b1a40009", pair(), pair(), "fashion16-improved/metrics.csv", "fashion16-improved-mixture/metrics.csv"),
+    Claim("11_evidence", "c3e07a52", BOTH1, pair(), "fashion16-improved-x0/metrics.csv", "fashion16-improved/metrics.csv"),
+    Claim("11_evidence", "c3e07a52", "sgp == ''", PD1, "fashion16-contrast/metrics.csv", FASHION),
+    Claim("11_evidence", "c3e07a52", "sgp != ''", pair(), "fashion16-contrast/metrics.csv", "fashion16-improved/metrics.csv"),
     Claim("11_evidence", "2c6d200b", pair(), pair(), "fashion16-improved/metrics.csv", FASHION),
     Claim("11_evidence", "2c6d200b", pair(), f"{PD1[:-1]}2", FASHION),
     Claim("11_evidence", "d5b1f5ae", PD1, pair(), "fashion16-long/metrics.csv", KERNEL),
