@@ -23,6 +23,7 @@ RESULTS = ROOT / "data" / "results"
 FILES = ROOT / "README.md", RESULTS / "README.md"
 PLAIN = {method: Row(method, sampler="ddim" if method == "pd" else "consistency") for method in ("pd", "cd")}
 TEACHER = Row("teacher", sampler="ddim")
+FORM = {"pd": "x0", "cd": "x0-cd"}  # how the digits' studies of both parts with guidance in the paper's form end
 FACTORS = "1.05", "1.1", "1.15", "1.2"  # of the control of contrast
 
 
@@ -100,7 +101,7 @@ def digits(method: str) -> list[Line]:
         Line("the same, guided in every stage", guided, own, "guidance-every"),
         Line(f"{upper} + SGP, the paper's order (walk target, latent diffusion)", with_sgp(method, target="walk"), own, "paper"),
         Line(
-            f"SFERD-{upper}: both, the paper's order and its form of guidance (x0)", with_sgp(method, True, target="walk"), own, "paper-x0"
+            f"SFERD-{upper}: both, the paper's order and guidance (x0)", with_sgp(method, True, target="walk"), own, f"paper-{FORM[method]}"
         ),
         Line(f"{upper} + both, the paper's order, guidance eps", with_sgp(method, True, target="walk"), own, "paper"),
         Line(f"{upper} + SGP, the release's target (data)", with_sgp(method, target="data"), own, "data"),
@@ -113,7 +114,7 @@ def digits(method: str) -> list[Line]:
         Line("the same, codes of real images", with_sgp(method, z="encoder"), own, "chain"),
         Line("the same, told no code", with_sgp(method), own, "blind"),
         Line(f"{upper} + SGP, improved (whole chain, kernel prior)", with_sgp(method), own, "improved"),
-        Line(f"SFERD-{upper}: both, improved, guidance x0", with_sgp(method, True), own, "improved-x0"),
+        Line(f"SFERD-{upper}: both, improved, guidance x0", with_sgp(method, True), own, f"improved-{FORM[method]}"),
         Line(f"{upper} + both, improved, guidance eps", with_sgp(method, True), own, "improved"),
     ]
     return [line for line in lines if len(line.scores(1))]
@@ -198,8 +199,6 @@ def headline() -> str:
     told: list[tuple[str, Line, Line | None]] = []
     for method in PLAIN:
         upper, plain, both = method.upper(), PLAIN[method], with_sgp(method, True)
-        form = "-x0" if method == "pd" else ""  # which guidance the lines with both parts have been run with
-        guidance = "" if form else ", guidance as in the code"
         told += [
             (upper, Line("", plain, "digits"), Line("", plain, "fashion16")),
             (
@@ -208,9 +207,9 @@ def headline() -> str:
                 Line("", replace(plain, guidance=True), far_guided),
             ),
             (f"{upper} + SGP, the paper's order", Line("", with_sgp(method, target="walk"), own, "paper"), None),
-            (f"SFERD-{upper}: both, the paper's order{guidance}", Line("", replace(both, sgp="walk"), own, f"paper{form}"), None),
+            (f"SFERD-{upper}: both, the paper's order", Line("", replace(both, sgp="walk"), own, f"paper-{FORM[method]}"), None),
             (f"{upper} + SGP, improved", Line("", with_sgp(method), own, "improved"), Line("", with_sgp(method), far)),
-            (f"SFERD-{upper}: both, improved{guidance}", Line("", both, own, f"improved{form}"), Line("", both, far_both)),
+            (f"SFERD-{upper}: both, improved", Line("", both, own, f"improved-{FORM[method]}"), Line("", both, far_both)),
         ]
     sets = {"digits": "digits", "fashion16": "Fashion"}
     columns = ["FD", *(text for name in sets.values() for text in (f"{name}: seeds", "1 step", "2 steps", "4 steps", "1 step over plain"))]

@@ -45,6 +45,7 @@ class Claim:
 PD1 = "method == 'pd' and not guidance and sgp == '' and steps == 1"
 GUIDED1 = "method == 'pd' and guidance and sgp == '' and steps == 1"
 BOTH1 = "method == 'pd' and guidance and sgp != '' and z == 'prior' and steps == 1"
+CD1 = "method == 'cd' and steps == 1"
 TEACHER = "method == 'teacher' and not guidance and sgp == ''"
 
 
@@ -130,8 +131,10 @@ CLAIMS = [
     Claim("11_evidence", "b1a40009", pair(), pair(), "fashion16-improved-mixture/metrics.csv", FASHION),
     Claim("11_evidence", "b1a40009", pair(), pair(), "fashion16-improved/metrics.csv", "fashion16-improved-mixture/metrics.csv"),
     Claim("11_evidence", "b1a40009", BOTH1, pair(), "fashion16-improved-x0/metrics.csv", "fashion16-improved/metrics.csv"),
+    Claim("11_evidence", "b1a40009", CD1, PD1, FASHION),
     Claim("11_evidence", "c3e07a52", BOTH1, pair(), "fashion16-improved-x0/metrics.csv", "fashion16-improved/metrics.csv"),
     Claim("11_evidence", "c3e07a52", GUIDED1, PD1, "fashion16-guidance-x0/metrics.csv", FASHION),
+    Claim("11_evidence", "c3e07a52", CD1, CD1, "fashion16-improved-x0/metrics.csv", FASHION),
     Claim("11_evidence", "c3e07a52", "sgp == ''", PD1, "fashion16-contrast/metrics.csv", FASHION),
     Claim("11_evidence", "c3e07a52", "sgp != ''", pair(), "fashion16-contrast/metrics.csv", "fashion16-improved/metrics.csv"),
     Claim("11_evidence", "2c6d200b", pair(), pair(), "fashion16-improved/metrics.csv", FASHION),
