@@ -41,12 +41,12 @@ class Line:
         told = rows_of(self.folder, self.study), replace(self.row, steps=steps), metric
         return pd.Series(dtype=float) if report.of_row(*told).empty else report.by_seed(*told)
 
-    def over(self, plain: Line, steps: int, metric: str = "fd") -> str:
-        """The ratio to ``plain`` with its interval; of one seed the ratio alone. Bold: the interval lies below 1."""
+    def over(self, plain: Line, steps: int, metric: str = "fd", theirs: int = 0) -> str:
+        """The ratio to ``plain`` (in ``theirs`` steps, if other) with its interval; of one seed the ratio alone. Bold: it lies below 1."""
         mine = self.scores(steps, metric)
         if mine.empty or (self.row, self.folder, self.study) == (plain.row, plain.folder, plain.study):
             return "" if mine.empty else "1"
-        middle, low, high, seeds = report.ratio(mine, plain.scores(steps, metric))
+        middle, low, high, seeds = report.ratio(mine, plain.scores(theirs or steps, metric))
         if seeds == 1:
             return f"{middle:.2f}"
         text = f"{middle:.2f} [{low:.2f}, {high:.2f}]"
@@ -230,8 +230,83 @@ def headline() -> str:
     return markdown(columns, lines)
 
 
+def brightened(plain: Row, folder: str) -> Line:
+    """A student's images stretched away from black by whichever factor is best for them."""
+    lines = [Line("", plain, folder, f"contrast-{factor}") for factor in FACTORS]
+    return min(lines, key=lambda line: line.scores(1).mean())
+
+
+COMPARED = (  # a name for readers, what is asked about in one step, what it is held against, in how many steps
+    ("SFERD-PD over PD", "both", "plain", 1),
+    ("SFERD-PD over PD + SGP: what guidance adds", "both", "pair", 1),
+    ("SFERD-PD over the teacher's 64 steps", "both", "teacher", 64),
+    ("PD + SGP over PD", "pair", "plain", 1),
+    ("the same, mixture prior", "mixture", "plain", 1),
+    ("the same, told no code", "blind", "plain", 1),
+    ("PD + SGP over two steps of PD", "pair", "plain", 2),
+    ("PD + SGP over brightened PD", "pair", "bright", 1),
+    ("PD trained longer over PD", "long", "plain", 1),
+    ("PD + guidance over PD", "guided", "plain", 1),
+    ("PD + guidance over brightened PD", "guided", "bright", 1),
+    ("guidance at random places over guidance", "random", "guided", 1),
+    ("guidance where attention is least over guidance", "inverse", "guided", 1),
+    ("guidance everywhere over guidance", "full", "guided", 1),
+    ("PD + SGP over PD, the paper's order", "in order", "plain", 1),
+    ("SFERD-PD over PD, the paper's order", "both in order", "plain", 1),
+    ("SFERD-CD over CD", "both, CD", "CD", 1),
+)
+
+
+def comparisons() -> str:
+    """What one step is held against: ratios on both data sets, by both feature networks."""
+    plain, sgp, both = PLAIN["pd"], with_sgp("pd"), with_sgp("pd", True)
+    guided, own, far = replace(plain, guidance=True), "digits-controls", "fashion16"
+    digits = {
+        "plain": Line("", plain, "digits"),
+        "teacher": Line("", TEACHER, "digits"),
+        "CD": Line("", PLAIN["cd"], "digits"),
+        "guided": Line("", guided, own, "guidance-x0"),
+        **{name: Line("", guided, own, f"mask-x0-{name}") for name in ("random", "inverse", "full")},
+        "pair": Line("", sgp, own, "improved"),
+        "mixture": Line("", sgp, own, "chain"),
+        "blind": Line("", sgp, own, "blind"),
+        "long": Line("", plain, own, "long"),
+        "both": Line("", both, own, "improved-x0"),
+        "in order": Line("", replace(sgp, sgp="walk"), own, "paper"),
+        "both in order": Line("", replace(both, sgp="walk"), own, "paper-x0"),
+        "both, CD": Line("", with_sgp("cd", True), own, "improved-x0-cd"),
+        "bright": brightened(plain, own),
+    }
+    garments = {
+        "plain": Line("", plain, far),
+        "teacher": Line("", TEACHER, far),
+        "CD": Line("", PLAIN["cd"], far),
+        "guided": Line("", guided, f"{far}-guidance-x0"),
+        "pair": Line("", sgp, f"{far}-improved"),
+        "mixture": Line("", sgp, f"{far}-improved-mixture"),
+        "long": Line("", plain, f"{far}-long"),
+        "both": Line("", both, f"{far}-improved-x0"),
+        "both, CD": Line("", with_sgp("cd", True), f"{far}-improved-x0"),
+        "bright": brightened(plain, f"{far}-contrast"),
+    }
+    lines = []
+    for text, mine, other, steps in COMPARED:
+        cells = [text]
+        for made in (digits, garments):
+            if mine not in made:
+                cells += [""] * 3
+                continue
+            shared = made[mine].scores(1).index.intersection(made[other].scores(steps).index)
+            cells.append(span(shared.tolist()))
+            cells += [made[mine].over(made[other], 1, metric, steps) for metric in ("fd", "fd_second")]
+        lines.append(cells)
+    columns = [f"{name}{cell}" for name in ("digits", "Fashion") for cell in (": seeds", "", ", second network")]
+    return markdown(["one step, FD over FD", *columns], lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "headline": headline,
+    "comparisons": comparisons,
     "digits": lambda: every_line("digits", digits, []),
     "fashion16": lambda: every_line("fashion16", fashion, undistilled()),
 }
