@@ -24,7 +24,7 @@ def test_a_changed_number_is_noticed_and_written_anew() -> None:
         assert names
         for name in names:
             start = text.index(f"<!-- table: {name} -->")
-            digit = re.compile(r"\d(?= ±)").search(text, start)
+            digit = re.compile(r"\d(?= [±\[])").search(text, start)
             changed = text[: digit.start()] + str((int(digit[0]) + 1) % 10) + text[digit.end() :]
             assert tables.written(changed) == text
 
@@ -56,12 +56,30 @@ def test_cells_are_what_report_says(monkeypatch: pytest.MonkeyPatch) -> None:
     assert mine.over(base, 1) == f"0.91 [{low:.2f}, {high:.2f}]"
     assert base.over(base, 1) == "1"
     assert mine.over(base, 2) == ""
+    assert mine.over(tables.Line("", tables.TEACHER, "digits"), 1, theirs=64).startswith("1.73 [")  # of seeds 1 and 2: 3 and 1, over 1
     # Of seeds 1 and 2, for the third has no teacher: (2 - 3) / (2 - 1) and (2 - 1) / (2 - 1).
     assert mine.closed(base, tables.Line("", tables.TEACHER, "digits")).startswith("0.00 [")
     assert base.closed(base, base) == ""
     assert tables.spread(mine.scores(1)) == "2.00 ± 1.0"
     assert [tables.span(seeds) for seeds in ([1, 2, 3], [3], [1, 2], [1, 3, 4])] == ["1 to 3", "3", "1, 2", "1, 3, 4"]
     assert [tables.digits_of(value, 3) for value in (86.04, 0.31, 103.2, 0.0433)] == ["86.0", "0.310", "103", "0.0433"]
+
+
+def test_the_brightened_images_are_those_of_the_best_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = tables.PLAIN["pd"]
+    line = {**{name: getattr(row, name) for name in Row.__dataclass_fields__}, "steps": 1, "seed": 1, "metric": "fd"}
+    values = dict(zip(tables.FACTORS, (3.0, 1.0, 2.0, 4.0), strict=True))
+    monkeypatch.setattr(tables, "rows_of", lambda folder, study: pd.DataFrame([{**line, "value": values[study.removeprefix("contrast-")]}]))
+    assert tables.brightened(row, "digits-controls").study == f"contrast-{tables.FACTORS[1]}"
+
+
+def test_a_comparison_is_blank_only_where_nothing_was_run() -> None:
+    for line in tables.comparisons().splitlines()[2:]:
+        _, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        assert len(cells) == 6
+        for part in (cells[:3], cells[3:]):  # seeds and both networks' ratios, or nothing
+            assert all(part) or not any(part), line
+        assert any(cells), line
 
 
 def test_two_numbers_of_one_seed_are_no_blank(monkeypatch: pytest.MonkeyPatch) -> None:
