@@ -87,7 +87,8 @@ def training_curves(losses: pd.DataFrame) -> Figure:
 def metric_versus_steps(table: pd.DataFrame, metric: str, label: str) -> Figure:
     """A metric against the number of sampling steps for teacher and students, with the floor of real images and its spread.
 
-    ``table`` is a run's ``metrics.csv``. Guided rows are dashed; rows with a semantic gradient predictor are stars (codes from the prior).
+    ``table`` is a run's ``metrics.csv``. Guided rows are dashed, Heun's are squares; rows with a semantic gradient predictor are stars
+    (codes from the prior).
     Raises SferdError for a metric that the table has no floor of.
     """
     scored = table[(table["steps"] > 0) & table["floor"].notna()]
@@ -97,11 +98,10 @@ def metric_versus_steps(table: pd.DataFrame, metric: str, label: str) -> Figure:
     figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
     for colour, (method, part) in zip(PALETTE, rows.groupby("method", sort=False), strict=False):
         # In the order of steps: a run scores the teacher's most steps first.
-        for guided, line in part[part["sgp"] == ""].sort_values("steps").groupby("guidance"):
-            name = method + (" + guidance" if guided else "")
-            axes.plot(
-                line["steps"], line["value"], "o--" if guided else "o-", color=colour, label=name, fillstyle="none" if guided else "full"
-            )
+        for (guided, sampler), line in part[part["sgp"] == ""].sort_values("steps").groupby(["guidance", "sampler"]):
+            name = method + ", Heun" * (sampler == "heun") + " + guidance" * guided
+            marker = ("s" if sampler == "heun" else "o") + ("--" if guided else "-")
+            axes.plot(line["steps"], line["value"], marker, color=colour, label=name, fillstyle="none" if guided else "full")
         for guided, stars in part[part["z"] == "prior"].groupby("guidance"):
             name = f"{method}{' + guidance' if guided else ''} + SGP"
             style = {"color": colour, "mec": colour if guided else "black", "mfc": "none" if guided else colour, "ms": 13, "mew": 1.5}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import matplotlib
 
@@ -153,13 +154,17 @@ def test_training_curves_average_each_stage_over_twenty_steps() -> None:
 
 
 def scores() -> pd.DataFrame:
-    def row(method: str, guidance: bool, sgp: str, z: str, steps: int, value: float, metric: str = "fd") -> dict[str, object]:
+    def row(
+        method: str, guidance: bool, sgp: str, z: str, steps: int, value: float, metric: str = "fd", sampler: str = "ddim"
+    ) -> dict[str, Any]:
         floor = {"floor": 2.0, "floor_sd": 0.5} if metric == "fd" else {"floor": 9.0, "floor_sd": 9.0}
-        return {"method": method, "guidance": guidance, "sgp": sgp, "z": z, "steps": steps, "metric": metric, "value": value, **floor}
+        about = {"method": method, "guidance": guidance, "sgp": sgp, "z": z, "sampler": sampler, "steps": steps}
+        return {**about, "metric": metric, "value": value, **floor}
 
     return pd.DataFrame(
         [
             *(row("teacher", False, "", "", steps, 100.0 / steps) for steps in (64, 1, 4)),  # as a run scores them
+            *(row("teacher", False, "", "", steps, 50.0 / steps, sampler="heun") for steps in (1, 4)),
             row("teacher", True, "", "", 64, 3.0),
             *(row("pd", guidance, "", "", steps, 20.0 / steps + guidance) for guidance in (False, True) for steps in (1, 4)),
             *(row("pd", guidance, "conditional", z, 1, 5.0 + guidance) for guidance in (False, True) for z in ("prior", "encoder", "mean")),
@@ -174,8 +179,9 @@ def test_a_metric_against_steps_has_a_line_a_method_stars_for_codes_of_the_prior
     assert isinstance(figure, Figure)
     (axes,) = figure.axes
     lines = {line.get_label(): line for line in axes.get_lines()}
-    assert list(lines) == ["teacher", "teacher + guidance", "pd", "pd + guidance", "pd + SGP", "pd + guidance + SGP"]
+    assert list(lines) == ["teacher", "teacher, Heun", "teacher + guidance", "pd", "pd + guidance", "pd + SGP", "pd + guidance + SGP"]
     np.testing.assert_allclose(lines["teacher"].get_xydata(), [[1, 100], [4, 25], [64, 100 / 64]])
+    np.testing.assert_allclose(lines["teacher, Heun"].get_xydata(), [[1, 50], [4, 12.5]])
     np.testing.assert_allclose(lines["pd + guidance"].get_xydata(), [[1, 21], [4, 6]])
     # Stars beside their step count, guided to the right.
     np.testing.assert_allclose(lines["pd + SGP"].get_xydata(), [[0.92, 5]])
