@@ -253,6 +253,9 @@ COMPARED = (  # a name for readers, what is asked about in one step, what it is 
     ("guidance everywhere over guidance", "full", "guided", 1),
     ("PD + SGP over PD, the paper's order", "in order", "plain", 1),
     ("SFERD-PD over PD, the paper's order", "both in order", "plain", 1),
+    ("CD over PD", "CD", "plain", 1),
+    ("CD + guidance over CD", "guided, CD", "CD", 1),
+    ("CD + SGP over CD", "pair, CD", "CD", 1),
     ("SFERD-CD over CD", "both, CD", "CD", 1),
 )
 
@@ -260,7 +263,8 @@ COMPARED = (  # a name for readers, what is asked about in one step, what it is 
 def comparisons() -> str:
     """What one step is held against: ratios on both data sets, by both feature networks."""
     plain, sgp, both = PLAIN["pd"], with_sgp("pd"), with_sgp("pd", True)
-    guided, own, far = replace(plain, guidance=True), "digits-controls", "fashion16"
+    guided, guided_cd = (replace(row, guidance=True) for row in PLAIN.values())
+    own, far = "digits-controls", "fashion16"
     digits = {
         "plain": Line("", plain, "digits"),
         "teacher": Line("", TEACHER, "digits"),
@@ -274,6 +278,8 @@ def comparisons() -> str:
         "both": Line("", both, own, "improved-x0"),
         "in order": Line("", replace(sgp, sgp="walk"), own, "paper"),
         "both in order": Line("", replace(both, sgp="walk"), own, "paper-x0"),
+        "guided, CD": Line("", guided_cd, own, "guidance-x0"),
+        "pair, CD": Line("", with_sgp("cd"), own, "improved"),
         "both, CD": Line("", with_sgp("cd", True), own, "improved-x0-cd"),
         "bright": brightened(plain, own),
     }
@@ -286,6 +292,7 @@ def comparisons() -> str:
         "mixture": Line("", sgp, f"{far}-improved-mixture"),
         "long": Line("", plain, f"{far}-long"),
         "both": Line("", both, f"{far}-improved-x0"),
+        "guided, CD": Line("", guided_cd, f"{far}-guidance-x0"),
         "both, CD": Line("", with_sgp("cd", True), f"{far}-improved-x0"),
         "bright": brightened(plain, f"{far}-contrast"),
     }
