@@ -170,10 +170,9 @@ def every_line(folder: str, of_method: Callable[[str], list[Line]], more: list[L
     """The whole table of a data set."""
     columns = ["samples", "seeds", "1 step", "2 steps", "4 steps", "16 steps", "64 steps", "1 step over plain", "2 steps", "4 steps"]
     columns += ["1 step, second network", "gap closed, 1 step", "1000 KID", "recall", "neighbour ratio", "MFLOP an image"]
-    teachers = [Line("teacher, DDIM", TEACHER, folder)]
-    if folder == "digits":  # which has a study of its own, with more step counts
-        samplers = {"DDIM": TEACHER, "Heun": replace(TEACHER, sampler="heun")}
-        teachers = [Line(f"teacher, {name}", row, "digits-controls", "teacher") for name, row in samplers.items()]
+    own = ("digits-controls", "teacher") if folder == "digits" else (folder,)  # which has a study of its own, with more step counts
+    samplers = {"DDIM": TEACHER, "Heun": replace(TEACHER, sampler="heun")}
+    teachers = [Line(f"teacher, {name}", row, *own) for name, row in samplers.items()]
     lines = [["real images", "", f"floor: {floor(folder)}", *[""] * 13]]
     for line in [*teachers, *of_method("pd"), *of_method("cd"), *more]:
         scores = [line.scores(steps) for steps in (1, 2, 4, 16, 64)]
