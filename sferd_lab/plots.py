@@ -88,8 +88,7 @@ def metric_versus_steps(table: pd.DataFrame, metric: str, label: str) -> Figure:
     """A metric against the number of sampling steps for teacher and students, with the floor of real images and its spread.
 
     ``table`` is a run's ``metrics.csv``. Guided rows are dashed, Heun's are squares; rows with a semantic gradient predictor are stars
-    (codes from the prior).
-    Raises SferdError for a metric that the table has no floor of.
+    (codes from the prior). Raises SferdError for a metric that the table has no floor of.
     """
     scored = table[(table["steps"] > 0) & table["floor"].notna()]
     rows = scored[scored["metric"] == metric]

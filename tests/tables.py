@@ -41,12 +41,12 @@ class Line:
         told = rows_of(self.folder, self.study), replace(self.row, steps=steps), metric
         return pd.Series(dtype=float) if report.of_row(*told).empty else report.by_seed(*told)
 
-    def over(self, plain: Line, steps: int, metric: str = "fd", theirs: int = 0) -> str:
+    def over(self, plain: Line, steps: int, metric: str = "fd", theirs: int | None = None) -> str:
         """The ratio to ``plain`` (in ``theirs`` steps, if other) with its interval; of one seed the ratio alone. Bold: it lies below 1."""
-        mine = self.scores(steps, metric)
-        if mine.empty or (self.row, self.folder, self.study) == (plain.row, plain.folder, plain.study):
+        mine, theirs = self.scores(steps, metric), theirs or steps
+        if mine.empty or (self.row, self.folder, self.study, steps) == (plain.row, plain.folder, plain.study, theirs):
             return "" if mine.empty else "1"
-        middle, low, high, seeds = report.ratio(mine, plain.scores(theirs or steps, metric))
+        middle, low, high, seeds = report.ratio(mine, plain.scores(theirs, metric))
         if seeds == 1:
             return f"{middle:.2f}"
         text = f"{middle:.2f} [{low:.2f}, {high:.2f}]"
@@ -259,52 +259,47 @@ COMPARED = (  # a name for readers, what is asked about in one step, what it is 
 )
 
 
-def comparisons() -> str:
-    """What one step is held against: ratios on both data sets, by both feature networks."""
+def compared_lines() -> dict[str, tuple[Line, Line | None]]:
+    """What ``COMPARED`` names, on the digits and on Fashion-MNIST, where it was run."""
+    own, far = "digits-controls", "fashion16"
     plain, sgp, both = PLAIN["pd"], with_sgp("pd"), with_sgp("pd", True)
     guided, guided_cd = (replace(row, guidance=True) for row in PLAIN.values())
-    own, far = "digits-controls", "fashion16"
-    digits = {
-        "plain": Line("", plain, "digits"),
-        "teacher": Line("", TEACHER, "digits"),
-        "CD": Line("", PLAIN["cd"], "digits"),
-        "guided": Line("", guided, own, "guidance-x0"),
-        **{name: Line("", guided, own, f"mask-x0-{name}") for name in ("random", "inverse", "full")},
-        "pair": Line("", sgp, own, "improved"),
-        "mixture": Line("", sgp, own, "chain"),
-        "blind": Line("", sgp, own, "blind"),
-        "long": Line("", plain, own, "long"),
-        "both": Line("", both, own, "improved-x0"),
-        "in order": Line("", replace(sgp, sgp="walk"), own, "paper"),
-        "both in order": Line("", replace(both, sgp="walk"), own, "paper-x0"),
-        "guided, CD": Line("", guided_cd, own, "guidance-x0"),
-        "pair, CD": Line("", with_sgp("cd"), own, "improved"),
-        "both, CD": Line("", with_sgp("cd", True), own, "improved-x0-cd"),
-        "bright": brightened(plain, own),
+
+    def line(row: Row, study: str, garments: str = "") -> tuple[Line, Line | None]:
+        return Line("", row, own, study), Line("", row, f"{far}-{garments}") if garments else None
+
+    return {
+        **{
+            name: (Line("", row, "digits"), Line("", row, far))
+            for name, row in (("plain", plain), ("teacher", TEACHER), ("CD", PLAIN["cd"]))
+        },
+        "bright": (brightened(plain, own), brightened(plain, f"{far}-contrast")),
+        "long": line(plain, "long", "long"),
+        "guided": line(guided, "guidance-x0", "guidance-x0"),
+        **{name: line(guided, f"mask-x0-{name}") for name in ("random", "inverse", "full")},
+        "pair": line(sgp, "improved", "improved"),
+        "mixture": line(sgp, "chain", "improved-mixture"),
+        "blind": line(sgp, "blind"),
+        "both": line(both, "improved-x0", "improved-x0"),
+        "in order": line(replace(sgp, sgp="walk"), "paper"),
+        "both in order": line(replace(both, sgp="walk"), "paper-x0"),
+        "guided, CD": line(guided_cd, "guidance-x0", "guidance-x0"),
+        "pair, CD": line(with_sgp("cd"), "improved"),
+        "both, CD": line(with_sgp("cd", True), "improved-x0-cd", "improved-x0"),
     }
-    garments = {
-        "plain": Line("", plain, far),
-        "teacher": Line("", TEACHER, far),
-        "CD": Line("", PLAIN["cd"], far),
-        "guided": Line("", guided, f"{far}-guidance-x0"),
-        "pair": Line("", sgp, f"{far}-improved"),
-        "mixture": Line("", sgp, f"{far}-improved-mixture"),
-        "long": Line("", plain, f"{far}-long"),
-        "both": Line("", both, f"{far}-improved-x0"),
-        "guided, CD": Line("", guided_cd, f"{far}-guidance-x0"),
-        "both, CD": Line("", with_sgp("cd", True), f"{far}-improved-x0"),
-        "bright": brightened(plain, f"{far}-contrast"),
-    }
-    lines = []
+
+
+def comparisons() -> str:
+    """What one step is held against: ratios on both data sets, by both feature networks."""
+    named, lines = compared_lines(), []
     for text, mine, other, steps in COMPARED:
         cells = [text]
-        for made in (digits, garments):
-            if mine not in made:
+        for line, against in zip(named[mine], named[other], strict=True):
+            if line is None or against is None:
                 cells += [""] * 3
                 continue
-            shared = made[mine].scores(1).index.intersection(made[other].scores(steps).index)
-            cells.append(span(shared.tolist()))
-            cells += [made[mine].over(made[other], 1, metric, steps) for metric in ("fd", "fd_second")]
+            cells.append(span(line.scores(1).index.intersection(against.scores(steps).index).tolist()))
+            cells += [line.over(against, 1, metric, steps) for metric in ("fd", "fd_second")]
         lines.append(cells)
     columns = [f"{name}{cell}" for name in ("digits", "Fashion") for cell in (": seeds", "", ", second network")]
     return markdown(["one step, FD over FD", *columns], lines)

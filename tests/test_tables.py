@@ -49,12 +49,14 @@ def test_cells_are_what_report_says(monkeypatch: pytest.MonkeyPatch) -> None:
         for row, metric, value in ((plain, "fd", found[0]), (guided, "fd", found[1]), (guided, "recall", found[2]))
     ]
     rows += [{**row, "method": "teacher", "steps": 64, "value": 1.0} for row in rows if row["metric"] == "fd" and not row["guidance"]][:2]
+    rows += [{**row, "steps": 2, "value": 1.0} for row in rows if row["metric"] == "fd" and not row["guidance"] and row["steps"] == 1]
     monkeypatch.setattr(tables, "rows_of", lambda folder, study="": pd.DataFrame(rows))
     mine, base = tables.Line("", guided, "digits", "some"), tables.Line("", plain, "digits")
     ratio, low, high, _ = report.ratio(mine.scores(1), base.scores(1))
     assert (round(ratio, 6), low < 1 < high) == (round(0.75 ** (1 / 3), 6), True)
     assert mine.over(base, 1) == f"0.91 [{low:.2f}, {high:.2f}]"
     assert base.over(base, 1) == "1"
+    assert base.over(base, 1, theirs=2) == "2.00 [2.00, 2.00]"
     assert mine.over(base, 2) == ""
     assert mine.over(tables.Line("", tables.TEACHER, "digits"), 1, theirs=64).startswith("1.73 [")  # of seeds 1 and 2: 3 and 1, over 1
     # Of seeds 1 and 2, for the third has no teacher: (2 - 3) / (2 - 1) and (2 - 1) / (2 - 1).
@@ -73,13 +75,28 @@ def test_the_brightened_images_are_those_of_the_best_factor(monkeypatch: pytest.
     assert tables.brightened(row, "digits-controls").study == f"contrast-{tables.FACTORS[1]}"
 
 
-def test_a_comparison_is_blank_only_where_nothing_was_run() -> None:
-    for line in tables.comparisons().splitlines()[2:]:
-        _, *cells = (cell.strip() for cell in line.strip("|").split("|"))
-        assert len(cells) == 6
-        for part in (cells[:3], cells[3:]):  # seeds and both networks' ratios, or nothing
-            assert all(part) or not any(part), line
-        assert any(cells), line
+def test_a_comparison_is_of_the_rows_that_it_names() -> None:
+    cells = {line.split(" | ")[0].removeprefix("| "): line.split(" | ")[1:] for line in tables.comparisons().splitlines()[2:]}
+    assert list(cells) == [text for text, *_ in tables.COMPARED]
+    found = {name: tables.rows_of(name) for name in ("fashion16", "fashion16-improved", "fashion16-improved-x0")}
+    pair, both = (Row("pd", guidance, "conditional", "prior", "ddim", 1) for guidance in (False, True))
+    for metric, place in (("fd", 4), ("fd_second", 5)):
+        for text, mine, theirs in (
+            (
+                "PD + SGP over two steps of PD",
+                (found["fashion16-improved"], pair),
+                (found["fashion16"], Row("pd", sampler="ddim", steps=2)),
+            ),
+            (
+                "SFERD-PD over the teacher's 64 steps",
+                (found["fashion16-improved-x0"], both),
+                (found["fashion16"], Row("teacher", sampler="ddim", steps=64)),
+            ),
+        ):
+            middle, low, high, seeds = report.ratio(report.by_seed(*mine, metric), report.by_seed(*theirs, metric))
+            assert seeds > 2
+            assert cells[text][place].strip(" |*") == f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+    assert [cell.strip(" |") for cell in cells["the same, told no code"][3:]] == ["", "", ""]  # not run there
 
 
 def test_two_numbers_of_one_seed_are_no_blank(monkeypatch: pytest.MonkeyPatch) -> None:
