@@ -605,7 +605,7 @@ class _Begun(Run):
             training = TrainSettings(
                 **{**options, "steps": FOREVER, "batch_size": self.settings.batch_size, "device": self.settings.device}
             )
-            self.models[name] = build().eval().requires_grad_(False).to(self.device)
+            self.models[name] = build().eval().requires_grad_(False)
             self.calls[name] = partial(next, train(build(), make_target, data, training))
         return self.models[name]
 
@@ -618,22 +618,21 @@ class _Begun(Run):
         return pd.DataFrame()
 
 
-def check(preset: str, turns: int, clock: Callable[[], float] = time.process_time, device: str = "cpu", **parameters: Any) -> pd.DataFrame:
+def check(preset: str, turns: int, clock: Callable[[], float] = time.process_time, **parameters: Any) -> pd.DataFrame:
     """Predicted and measured time of one step, or one batch of samples, of every kind of stage of a preset, in milliseconds.
 
     Calibration and stages take turns. The time is the processor's, which other work on the machine disturbs less than the clock's; with one
-    thread they are the same on an idle machine; for a GPU (``device`` "auto") give the clock's. ``ratio`` is predicted over measured,
-    ``ratio_flops`` what it would be by FLOPs alone.
+    thread they are the same on an idle machine. ``ratio`` is predicted over measured, ``ratio_flops`` what it would be by FLOPs alone.
     """
     short = {"retrain": True, "pd_start_steps": 2, "pd_stage_steps": [1], "sampling_steps": [1], "teacher_sampling_steps": [4]}
-    short |= {"sgp_start_steps": 2, "sgp_sampling_steps": [1], "prior": "diffusion", "device": device}
+    short |= {"sgp_start_steps": 2, "sgp_sampling_steps": [1], "prior": "diffusion", "device": "cpu"}
     with tempfile.TemporaryDirectory() as folder:
         settings = make_settings(preset, run_folder=folder, **short, **parameters)
         some, run, stages = trial(settings), _Begun(settings), planned_stages(settings)
         for _ in run.rows():
             pass
         seconds = alternate({**some.calls, **run.calls}, turns, clock)
-    here = some.device(seconds, memory_here(_where(settings)))
+    here = some.device(seconds, memory_here(torch.device("cpu")))
     rate = {kind: some.works[f"{kind}, batch"].flops / seconds[f"{kind}, batch"] for kind in ("inference", "training")}
     lines = []
     for name in run.calls:

@@ -1,10 +1,10 @@
-"""How fast a GPU trains: the teachers of three presets against its data sheet, and every kind of stage of two presets against the plan.
+"""How fast a GPU trains the teachers of three presets and passes through them, against its data sheet's peak.
 
     python tests/benchmarks/gpu.py
 
-``data/results/gpu_speed.csv`` and ``gpu_plan.csv`` keep the numbers. In the first, ``peak_share`` is the rate over the data sheet's peak
-for the arithmetic used: what ``sferd_lab.plan`` has to assume for a device that it cannot time. ``memory_gb`` is the most that a training
-step held, beside what the plan says. The networks are untrained and the images noise, which time does not depend on.
+``data/results/gpu_speed.csv`` keeps the numbers. ``peak_share`` is the rate over the data sheet's peak for the arithmetic used: what
+``sferd_lab.plan`` needs for a device that it cannot time. ``memory_gb`` is the most that a training step held, beside what the plan says.
+The networks are untrained and the images noise, which time does not depend on.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sferd_lab.data import Split
 from sferd_lab.denoiser import NetworkDenoiser
 from sferd_lab.distill import denoising_target
 from sferd_lab.files import replacing
-from sferd_lab.plan import ACCELERATORS, FOREVER, META, SHAPES, accelerator, check, count, image_shape, plan, step_work
+from sferd_lab.plan import ACCELERATORS, FOREVER, META, SHAPES, accelerator, count, image_shape, plan, step_work
 from sferd_lab.train import TrainSettings, set_precision, train
 from sferd_lab.unet import UNet, UNetSettings
 
@@ -111,17 +111,10 @@ def peak(device: str, precision: str, trains: bool) -> float:
     return (named.training if trains else named.inference).flops
 
 
-def write(table: pd.DataFrame, name: str) -> None:
-    """Keep ``table`` under ``data/results``, and print it."""
-    with replacing(RESULTS / f"{name}.csv") as temporary:
-        table.to_csv(temporary, index=False, float_format="%.4g")
-    sys.stdout.write(f"{table.to_string(index=False, float_format='{:.3g}'.format)}\n")
-
-
 if __name__ == "__main__":
     if not torch.cuda.is_available():
         sys.exit("torch.cuda.is_available() is False: there is no GPU to time")
-    write(pd.DataFrame([row for preset in BATCHES for precision in PRECISIONS for row in teacher(preset, precision)]), "gpu_speed")
-    stages = [check(preset, 9, time.perf_counter, device="auto") for preset in ("digits", "fashion16")]
-    about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
-    write(pd.concat(stages, ignore_index=True).assign(**about), "gpu_plan")
+    table = pd.DataFrame([row for preset in BATCHES for precision in PRECISIONS for row in teacher(preset, precision)])
+    with replacing(RESULTS / "gpu_speed.csv") as temporary:
+        table.to_csv(temporary, index=False, float_format="%.4g")
+    sys.stdout.write(f"{table.to_string(index=False, float_format='{:.3g}'.format)}\n")
