@@ -94,15 +94,21 @@ ACCELERATORS = {
 
 @dataclass(frozen=True)
 class Speed:
-    """FLOPs a second, in attention and in all else, and what every operation takes beside them, in seconds."""
+    """FLOPs a second, in attention and in all else, and what every operation takes beside them, in seconds.
+
+    ``launch`` is what the host of a GPU takes for every operation, in seconds, while the GPU still computes those before: the slower of the
+    two sets the pace.
+    """
 
     flops: float
     attention: float
     operation: float = 0.0
+    launch: float = 0.0
 
     def seconds(self, work: Work) -> float:
         """How long ``work`` takes."""
-        return self.operation * work.operations + work.attention / self.attention + (work.flops - work.attention) / self.flops
+        computing = self.operation * work.operations + work.attention / self.attention + (work.flops - work.attention) / self.flops
+        return max(computing, self.launch * work.operations)
 
 
 @dataclass(frozen=True)
@@ -123,20 +129,32 @@ class Device:
         return self.inference.seconds(stage.inference) + self.training.seconds(stage.update) + self.stream * stage.streams
 
 
-def accelerator(name: str, precision: str = "no", efficiency: float = 0.3) -> Device:
-    """A named product at ``efficiency`` times its peak, with everything else free.
+# What an H200 reached with the teachers of three presets (data/results/gpu_speed.csv): the share of its data sheet's peak in a pass and in
+# a training step, by the arithmetic of each; and the seconds that its host, a virtual machine, took to launch an operation of either.
+REACHED = {"fp32": (0.29, 0.43), "tf32": (0.21, 0.18), "bf16": (0.21, 0.12)}
+LAUNCH = (39e-6, 75e-6)
 
-    **The efficiency is an assumption**: no run of this project has been made on such a device. ``precision`` "no" is float32 throughout,
-    anything else TF32 (``train.set_precision``), and bf16 or fp16 in the student's passes of a training step, for targets and samples are
-    made in single precision. Raises SferdError for an unknown name or an efficiency that is not above 0 and at most 1.
+
+def accelerator(name: str, precision: str = "no", efficiency: float | None = None) -> Device:
+    """A named product at the shares of its peak that an H200 reached, or at ``efficiency`` times its peak with everything else free.
+
+    **For another product than the H200 that is an inference.** ``precision`` "no" is float32 throughout, anything else TF32
+    (``train.set_precision``), and bf16 or fp16 in the student's passes of a training step, for targets and samples are made in single
+    precision. Raises SferdError for an unknown name or an efficiency that is not above 0 and at most 1.
     """
     if name not in ACCELERATORS:
         raise SferdError(f"device = {name!r}; allowed: here, {', '.join(ACCELERATORS)}")
-    if not 0 < efficiency <= 1:
+    if efficiency is not None and not 0 < efficiency <= 1:
         raise SferdError(f"efficiency = {efficiency}; allowed: above 0, at most 1")
-    sheet, share = ACCELERATORS[name], 1e12 * efficiency
-    peaks = (sheet.fp32, sheet.fp32) if precision == "no" else (sheet.tf32, sheet.tf32 if precision == "tf32" else sheet.bf16)
-    return Device(name, 1e9 * sheet.memory, *(Speed(share * peak, share * peak) for peak in peaks))
+    passes = "fp32" if precision == "no" else "tf32"
+    kinds = (passes, passes if precision in ("no", "tf32") else "bf16")
+
+    def speed(kind: str, training: bool) -> Speed:
+        share, launch = (REACHED[kind][training], LAUNCH[training]) if efficiency is None else (efficiency, 0.0)
+        rate = 1e12 * share * getattr(ACCELERATORS[name], kind)
+        return Speed(rate, rate, launch=launch)
+
+    return Device(name, 1e9 * ACCELERATORS[name].memory, speed(kinds[0], False), speed(kinds[1], True))
 
 
 # Counting without computing -----------------------------------------------------------------------------------------------
@@ -428,11 +446,11 @@ def step_work(model: Denoiser, make_target: MakeTarget, data: Split, training: T
     return inference, update
 
 
-def plan(settings: Settings, device: Device | str = "here", efficiency: float = 0.3) -> pd.DataFrame:
+def plan(settings: Settings, device: Device | str = "here", efficiency: float | None = None) -> pd.DataFrame:
     """One line for each stage that a fresh ``Run`` with ``settings`` would train, and each row that it would sample, in its order.
 
-    ``device`` is one of ``ACCELERATORS``, whose peak is multiplied by the assumed ``efficiency`` (see ``accelerator``), or "here", this
-    machine as ``calibrate`` measures it. Columns:
+    ``device`` is one of ``ACCELERATORS``, at the shares of its peak that an H200 reached or at an assumed ``efficiency`` (see
+    ``accelerator``), or "here", this machine as ``calibrate`` measures it. Columns:
 
     - ``parameters``, ``trained``: numbers in the model, and those trained.
     - ``updates`` and ``images``: how many of either; ``batch``: images in each pass.
@@ -442,8 +460,9 @@ def plan(settings: Settings, device: Device | str = "here", efficiency: float = 
     - in GB (10^9 bytes), of each process, without mixed precision (which takes less): ``weights``, the teacher's included, ``gradients``,
       ``optimiser`` state, ``averages``, ``activations``: the most that a pass holds beside them, above all what the forward leaves for the
       backward. ``memory`` is the sum, without the images of the data set and what a library needs for itself, as the buckets in which
-      several processes exchange gradients; ``fits`` says whether the device has as much.
-    - ``hours``: by FLOPs alone; "here" also by operations and, for samples, by random streams. With ``processes`` each is on a device of
+      several processes exchange gradients; ``fits`` says whether the device has as much. An H200 held up to 1.4 times as much.
+    - ``hours``: by FLOPs, or by launches where they take longer; with an ``efficiency`` by FLOPs alone; "here" by FLOPs and operations and,
+      for samples, by random streams. With ``processes`` each is on a device of
       its own, and the exchange of gradients is free.
 
     ``accumulate`` and ``gradient_checkpointing`` are counted as they are trained: smaller passes, and blocks computed twice. Raises
@@ -654,7 +673,7 @@ def main(arguments: list[str]) -> None:
         sys.stdout.write(f"{table.to_string(index=False, float_format='{:.3g}'.format)}\n{near} of {len(table)} within 25%\n")
         return
     parameters = parse_literals(arguments)
-    device, efficiency = parameters.pop("device", "here"), parameters.pop("efficiency", 0.3)
+    device, efficiency = parameters.pop("device", "here"), parameters.pop("efficiency", None)
     settings = make_settings(**parameters)
     table = plan(settings, device, efficiency)
     columns = [
@@ -674,7 +693,8 @@ def main(arguments: list[str]) -> None:
     text = table[columns].to_string(index=False, float_format="{:.3g}".format)
     total = table.groupby("kind", sort=False)["hours"].sum()
     words = ", ".join(f"{hours:.3g} h to {kind}" for kind, hours in total.items())
-    how = "timed here" if device == "here" else f"{device} at {efficiency:.0%} of its peak, an assumption that no run has checked"
+    assumed = "the shares of its peak that an H200 reached" if efficiency is None else f"{efficiency:.0%} of its peak, an assumption"
+    how = "timed here" if device == "here" else f"{device} at {assumed}"
     devices = f" on {settings.processes} devices each" if settings.processes > 1 else ""
     sys.stdout.write(f"{text}\n\n{words}{devices}; {table['memory'].max():.3g} GB at most. {how}. Scores are not counted.\n")
 

@@ -104,3 +104,12 @@ def test_the_readme_quotes_the_committed_tables():
     quoted("guided PD step over the network passes it consists of (1 is ideal)", loop[loop["comparison"] == "distillation, guided PD"])
     quoted("images a second: one-step student over 64-step teacher", loop[loop["what"] == "student, 1 step"], 0)
     quoted("the same with SGP and prior", loop[loop["what"] == "student with SGP and prior, 1 step"], 0)
+
+    gpu = pd.read_csv(common.RESULTS / "gpu_speed.csv")
+    steps = gpu[gpu["what"] == "training step"].groupby(["preset", "precision"])["ms"].median()
+    cifar = [f"{steps['cifar10', precision]:.0f}" for precision in ("no", "tf32", "bf16")]
+    assert f"took {cifar[0]} ms in single precision, {cifar[1]} with TF32, {cifar[2]} in bf16" in lines["GPU"]
+    assert f"took {steps['fashion16', 'no']:.0f} in any of them" in lines["GPU"]
+    assert steps["fashion16"].max() < 1.2 * steps["fashion16"].min()
+    memory = (gpu["memory_gb"] / gpu["planned_gb"])[(gpu["precision"] == "no") & (gpu["preset"] != "fashion16")].max()
+    assert f"held up to {memory:.1f} times the planned memory" in readme

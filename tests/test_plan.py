@@ -233,9 +233,39 @@ def test_hours_are_flops_over_the_assumed_share_of_the_peak() -> None:
     assert hours(precision="bf16") == pytest.approx(seconds(sheet.tf32, sheet.bf16) / 3600)
 
 
+SPEEDS = pd.read_csv(Path(__file__).parent.parent / "data" / "results" / "gpu_speed.csv").groupby(["preset", "precision"])
+
+
+@pytest.mark.parametrize(("preset", "precision"), SPEEDS.groups)
+def test_the_times_measured_on_a_gpu_are_those_planned_for_it(preset: str, precision: str) -> None:
+    rows = SPEEDS.get_group((preset, precision))
+    assert set(rows["device"]) == {"NVIDIA H200"}
+    measured = rows.groupby("what")["ms"].median() / 1000
+    settings = make_settings(
+        preset, precision=precision, batch_size=int(rows["batch"].iloc[0]), methods=["cd"], guided=[False], sgp=False, retrain=True
+    )
+    stage, device = planned_stages(settings)["teacher"], accelerator("H200", precision)
+    assert device.seconds(stage) == pytest.approx(measured["training step"], rel=0.25)
+    network = UNetSettings(*image_shape(settings)[:1], settings.widths, settings.blocks, settings.attention, settings.heads)
+    with META, torch.inference_mode():
+        model, x = UNet(network), torch.empty(settings.batch_size, *image_shape(settings))
+        work = count(lambda: model(x, 1.0))
+    assert device.inference.seconds(work) == pytest.approx(measured["pass"], rel=0.25)
+
+
+def test_another_product_is_planned_at_the_shares_that_one_was_measured_to_reach() -> None:
+    large, small = Work(flops=1e15, operations=1), Work(flops=1, operations=1000)
+    for name, sheet in ACCELERATORS.items():
+        device = accelerator(name, "bf16")
+        assert device.inference.seconds(large) == pytest.approx(1e3 / (0.21 * sheet.tf32))
+        assert device.training.seconds(large) == pytest.approx(1e3 / (0.12 * sheet.bf16))
+        # Launches do not wait for a product.
+        assert (device.inference.seconds(small), device.training.seconds(small)) == pytest.approx((0.039, 0.075))
+
+
 def test_work_does_not_depend_on_the_parts_and_processes_share_the_hours() -> None:
     given = {"methods": ["pd"], "guided": [False], "batch_size": 24, "n_samples": 96, "sampling_batch": 12}
-    whole, parts, shared = (plan(make(**given, **how), "A100").set_index("stage") for how in ({}, {"accumulate": 4}, {"processes": 4}))
+    whole, parts, shared = (plan(make(**given, **how), "A100", 0.3).set_index("stage") for how in ({}, {"accumulate": 4}, {"processes": 4}))
     trained, drawn = whole["kind"] == "train", whole["kind"] == "sample"
     for other in (parts, shared):
         assert other.index.tolist() == whole.index.tolist()
@@ -369,7 +399,9 @@ def test_the_command_prints_stages_sums_and_what_is_assumed(capsys: pytest.Captu
     out = capsys.readouterr().out
     assert "pd-4" in out
     assert "h to train" in out
-    assert "A100 at 20% of its peak, an assumption that no run has checked" in out
+    assert "A100 at 20% of its peak, an assumption. Scores" in out
+    main(["preset=digits", "device=A100", "methods=['pd']", "guided=[False]", "sgp=False"])
+    assert "A100 at the shares of its peak that an H200 reached. Scores" in capsys.readouterr().out
 
 
 def test_the_command_check_writes_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
