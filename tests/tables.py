@@ -24,6 +24,7 @@ FILES = ROOT / "README.md", RESULTS / "README.md"
 PLAIN = {method: Row(method, sampler="ddim" if method == "pd" else "consistency") for method in ("pd", "cd")}
 TEACHER = Row("teacher", sampler="ddim")
 FORM = {"pd": "x0", "cd": "x0-cd"}  # how the digits' studies of both parts with guidance in the paper's form end
+MASKS = "random", "inverse", "full"  # of the controls with guidance in the paper's form
 FACTORS = "1.05", "1.1", "1.15", "1.2"  # of the control of contrast
 
 
@@ -95,7 +96,7 @@ def digits(method: str) -> list[Line]:
         Line(f"{upper}, trained longer", PLAIN[method], own, "long"),
         *(Line(f"{upper}, images {factor} times as far from black", PLAIN[method], own, f"contrast-{factor}") for factor in FACTORS),
         Line(f"{upper} + guidance, the paper's form (x0)", guided, own, "guidance-x0"),
-        *(Line(f"the same, mask: {name}", guided, own, f"mask-x0-{name}") for name in ("random", "inverse", "full")),
+        *(Line(f"the same, mask: {name}", guided, own, f"mask-x0-{name}") for name in MASKS),
         Line(f"{upper} + guidance, the code's form (eps)", guided, "digits"),
         *(Line(f"the same, mask: {name}", guided, own, f"mask-{name}") for name in ("random", "inverse", "edge", "full")),
         Line("the same, guided in every stage", guided, own, "guidance-every"),
@@ -131,6 +132,7 @@ def fashion(method: str) -> list[Line]:
             for factor in FACTORS
         ),
         Line(f"{upper} + guidance, the paper's form (x0)", guided, f"{name}-guidance-x0"),
+        *(Line(f"the same, mask: {mask}", guided, f"{name}-mask-x0", f"{name}-mask-x0-{mask}") for mask in MASKS),
         Line(f"{upper} + guidance, the code's form (eps)", guided, name),
         Line(f"{upper} + SGP, preset (mixture prior)", with_sgp(method), name),
         Line("the same, codes of real images", with_sgp(method, z="encoder"), name),
@@ -276,7 +278,7 @@ def compared_lines() -> dict[str, tuple[Line, Line | None]]:
         "bright": (brightened(plain, own), brightened(plain, f"{far}-contrast")),
         "long": line(plain, "long", "long"),
         "guided": line(guided, "guidance-x0", "guidance-x0"),
-        **{name: line(guided, f"mask-x0-{name}") for name in ("random", "inverse", "full")},
+        **{name: (Line("", guided, own, f"mask-x0-{name}"), Line("", guided, f"{far}-mask-x0", f"{far}-mask-x0-{name}")) for name in MASKS},
         "pair": line(sgp, "improved", "improved"),
         "mixture": line(sgp, "chain", "improved-mixture"),
         "blind": line(sgp, "blind"),
