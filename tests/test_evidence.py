@@ -67,6 +67,7 @@ def weighted(form: str, weight: float, threshold: float = 1.0) -> str:
 
 CONTROLS, FASHION, KERNEL = "digits-controls/metrics.csv", "fashion16/metrics.csv", "fashion16-kernel/metrics.csv"
 ERROR, MECHANISM, PARTS = "reconstruction_mse", "mechanism/digits.csv", ("term", "where", "seed")
+MASKS, GARMENTS = "fashion16-mask-x0/metrics.csv", "mechanism/fashion16.csv"
 CLAIMS = [
     Claim("10_controls", "157e00e4", f"{GUIDED1} and {study('mask-inverse')}", PD1, CONTROLS, "digits/metrics.csv"),
     Claim("10_controls", "157e00e4", f"{GUIDED1} and {study('mask-full')}", GUIDED1, CONTROLS, "digits/metrics.csv"),
@@ -139,6 +140,13 @@ CLAIMS = [
     Claim("11_evidence", "c3e07a52", CD1, CD1, "fashion16-improved-x0/metrics.csv", FASHION),
     Claim("11_evidence", "c3e07a52", "sgp == ''", PD1, "fashion16-contrast/metrics.csv", FASHION),
     Claim("11_evidence", "c3e07a52", "sgp != ''", pair(), "fashion16-contrast/metrics.csv", "fashion16-improved/metrics.csv"),
+    Claim(
+        "11_evidence", "c3e07a55", f"{GUIDED1} and {study('fashion16-mask-x0-full')}", GUIDED1, MASKS, "fashion16-guidance-x0/metrics.csv"
+    ),
+    Claim("11_evidence", "c3e07a55", f"{GUIDED1} and {study('fashion16-mask-x0-random')}", PD1, MASKS, FASHION),
+    Claim("11_evidence", "c3e07a57", "model == 'pd-guided-sgp-1'", "model == 'pd-guided-1'", GARMENTS, by=PARTS),
+    Claim("11_evidence", "c3e07a57", "model == 'pd-guided-1'", "model == 'pd-1'", GARMENTS, by=PARTS),
+    Claim("11_evidence", "c3e07a57", "where == 'inside'", "where == 'outside'", GARMENTS, by=("term", "model", "seed")),
     Claim("11_evidence", "2c6d200b", pair(), pair(), "fashion16-improved/metrics.csv", FASHION),
     Claim("11_evidence", "2c6d200b", pair(), f"{PD1[:-1]}2", FASHION),
     Claim("11_evidence", "d5b1f5ae", PD1, pair(), "fashion16-long/metrics.csv", KERNEL),
