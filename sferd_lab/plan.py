@@ -129,10 +129,10 @@ class Device:
         return self.inference.seconds(stage.inference) + self.training.seconds(stage.update) + self.stream * stage.streams
 
 
-# What an H200 reached with the teachers of three presets (data/results/gpu_speed.csv): the share of its data sheet's peak in a pass and in
-# a training step, by the arithmetic of each; and the seconds that its host, a virtual machine, took to launch an operation of either.
-REACHED = {"fp32": (0.29, 0.43), "tf32": (0.21, 0.18), "bf16": (0.21, 0.12)}
-LAUNCH = (39e-6, 75e-6)
+# What an H200 reached with the teachers of three presets (data/results/gpu_speed.csv): shares of its data sheet's peak by arithmetic, and
+# the seconds that its host, a virtual machine, took to launch an operation; in passes and in training steps.
+PASS_SHARES, STEP_SHARES = {"fp32": 0.29, "tf32": 0.21}, {"fp32": 0.43, "tf32": 0.18, "bf16": 0.12}
+PASS_LAUNCH, STEP_LAUNCH = 39e-6, 75e-6
 
 
 def accelerator(name: str, precision: str = "no", efficiency: float | None = None) -> Device:
@@ -147,14 +147,15 @@ def accelerator(name: str, precision: str = "no", efficiency: float | None = Non
     if efficiency is not None and not 0 < efficiency <= 1:
         raise SferdError(f"efficiency = {efficiency}; allowed: above 0, at most 1")
     passes = "fp32" if precision == "no" else "tf32"
-    kinds = (passes, passes if precision in ("no", "tf32") else "bf16")
+    steps = passes if precision in ("no", "tf32") else "bf16"
 
-    def speed(kind: str, training: bool) -> Speed:
-        share, launch = (REACHED[kind][training], LAUNCH[training]) if efficiency is None else (efficiency, 0.0)
+    def speed(kind: str, share: float, launch: float) -> Speed:
+        share, launch = (share, launch) if efficiency is None else (efficiency, 0.0)
         rate = 1e12 * share * getattr(ACCELERATORS[name], kind)
         return Speed(rate, rate, launch=launch)
 
-    return Device(name, 1e9 * ACCELERATORS[name].memory, speed(kinds[0], False), speed(kinds[1], True))
+    inference = speed(passes, PASS_SHARES[passes], PASS_LAUNCH)
+    return Device(name, 1e9 * ACCELERATORS[name].memory, inference, speed(steps, STEP_SHARES[steps], STEP_LAUNCH))
 
 
 # Counting without computing -----------------------------------------------------------------------------------------------

@@ -107,9 +107,8 @@ def test_the_readme_quotes_the_committed_tables():
 
     gpu = pd.read_csv(common.RESULTS / "gpu_speed.csv")
     steps = gpu[gpu["what"] == "training step"].groupby(["preset", "precision"])["ms"].median()
-    cifar = [f"{steps['cifar10', precision]:.0f}" for precision in ("no", "tf32", "bf16")]
+    cifar, fashion = ([f"{steps[preset, precision]:.0f}" for precision in ("no", "tf32", "bf16")] for preset in ("cifar10", "fashion16"))
     assert f"took {cifar[0]} ms in single precision, {cifar[1]} with TF32, {cifar[2]} in bf16" in lines["GPU"]
-    assert f"took {steps['fashion16', 'no']:.0f} in any of them" in lines["GPU"]
-    assert steps["fashion16"].max() < 1.2 * steps["fashion16"].min()
+    assert f"one of Fashion-MNIST's took {fashion[0]}, {fashion[1]} and {fashion[2]}, since" in lines["GPU"]
     memory = (gpu["memory_gb"] / gpu["planned_gb"])[(gpu["precision"] == "no") & (gpu["preset"] != "fashion16")].max()
     assert f"held up to {memory:.1f} times the planned memory" in readme
