@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sferd_lab.distill import halving_schedule
-from sferd_lab.errors import SferdError
+from sferd_lab.errors import SferdError, command
 from sferd_lab.files import read_yaml
 
 Count = Annotated[int, Field(ge=1, le=10**9)]
@@ -422,15 +422,11 @@ def _assigned_literals(source: str) -> set[str] | None:
     return names or None
 
 
-def main(arguments: Sequence[str]) -> int:
-    """The command of this module; returns its exit status, 0 when all files are what ``read_parameters`` takes."""
-    try:
-        for path in arguments:
-            read_parameters(path)
-    except SferdError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    return 0
+@command
+def main(arguments: Sequence[str]) -> None:
+    """The command of this module: whether all files are what ``read_parameters`` takes."""
+    for path in arguments:
+        read_parameters(path)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from sferd_lab.data import ImageData, Split, StoredImages, bootstrap, load_image
 from sferd_lab.denoiser import ClassifierFree, Denoiser, NetworkDenoiser
 from sferd_lab.diffusion import add_noise
 from sferd_lab.distill import Batch, ConsistencyTarget, DataTarget, ProgressiveTarget, denoising_target, halving_schedule, on_labels
-from sferd_lab.errors import SferdError
+from sferd_lab.errors import SferdError, command
 from sferd_lab.files import (
     FolderLock,
     is_file,
@@ -787,7 +787,8 @@ def _work(settings: Settings) -> None:
         pass
 
 
-def main(arguments: list[str]) -> None:
+@command
+def main(arguments: Sequence[str]) -> None:
     """``python -m sferd_lab.experiment preset=digits seed=1 ...``: the notebook's run without the notebook, also under ``torchrun``."""
     settings = make_settings(**parse_literals(arguments))
     if settings.processes > 1 and processes.count() == 1:
@@ -846,4 +847,4 @@ def on_codes(semantic: SemanticDenoiser) -> Callable[[Batch], dict[str, Tensor]]
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -42,7 +42,7 @@ from sferd_lab.config import Settings, make_settings, parse_literals
 from sferd_lab.data import SIZES, Split
 from sferd_lab.denoiser import Denoiser, NetworkDenoiser
 from sferd_lab.distill import Batch, denoising_target, distillation_loss
-from sferd_lab.errors import SferdError
+from sferd_lab.errors import SferdError, command
 from sferd_lab.experiment import Row, Run
 from sferd_lab.files import replacing
 from sferd_lab.sample import Prior, SampleNoise
@@ -663,9 +663,10 @@ def check(preset: str, turns: int, clock: Callable[[], float] = time.process_tim
     return pd.DataFrame(lines, columns=["preset", "stage", "kind", "measured_ms", "predicted_ms", "ratio", "ratio_flops"])
 
 
-def main(arguments: list[str]) -> None:
+@command
+def main(arguments: Sequence[str]) -> None:
     """Print a plan, with sums; or, with "check", make the table of predicted and measured times."""
-    if arguments == ["check"]:
+    if list(arguments) == ["check"]:
         torch.set_num_threads(1)
         table = pd.concat([check("digits", 12), check("fashion16", 6)], ignore_index=True)
         with replacing(shipped_folder() / "results" / "plan.csv") as temporary:
@@ -701,4 +702,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

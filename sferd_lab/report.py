@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from sferd_lab.errors import SferdError
+from sferd_lab.errors import SferdError, command
 from sferd_lab.experiment import Row, Run, read_table, stage_name
 from sferd_lab.metrics import known_bad
 
@@ -170,7 +171,8 @@ def training_tflop(stages: pd.DataFrame, row: Row) -> float:
     return float(cost[wanted].sum())
 
 
-def main(folders: list[str]) -> None:
+@command
+def main(folders: Sequence[str]) -> None:
     """Print each run's table and where its files are; for several runs also the ratios over their seeds."""
     columns = ["fd", "kid", "recall", "coverage", "memorisation_ratio", "teacher_mse", "sampling_mflops_per_image"]
     tables = [read_table(Path(folder) / "metrics.csv") for folder in folders]
@@ -186,4 +188,4 @@ def main(folders: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -8,6 +8,7 @@ scores it. Everything follows from the settings and their seed, so the command m
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from sferd_lab.artifacts import load_model, save_model, shipped_folder
 from sferd_lab.config import make_settings, parse_literals
 from sferd_lab.data import ImageData
-from sferd_lab.errors import SferdError
+from sferd_lab.errors import SferdError, command
 from sferd_lab.experiment import Run, provenance, read_table
 from sferd_lab.files import load_tensors, read_json, replacing, save_tensors, sha256, write_json
 from sferd_lab.metrics import accuracy, extract, load_feature_network, save_feature_network, train_feature_network
@@ -97,7 +98,8 @@ def ship_students(folder: str, *stages: str, beside: str = "") -> None:
             else:  # a mixture's covariances might no longer be positive definite
                 with replacing(kept) as temporary:
                     temporary.write_bytes(prior.read_bytes())
-    students = {file.stem: sha256(file) for file in sorted(target.glob("*.safetensors")) if file.stem.startswith(("pd", "cd"))}
+    shipped = sorted(target.glob("*.safetensors"))
+    students = {file.stem: sha256(file) for file in shipped if beside or file.stem.startswith(("pd", "cd"))}
     write_json(target / "students.json", {"sha256": students, **read_json(Path(folder) / "config.json")})
 
 
@@ -135,10 +137,19 @@ def collect(name: str, folders: list[str]) -> None:
                 temporary.write_bytes(drawn.read_bytes())
 
 
-if __name__ == "__main__":
-    if sys.argv[1] == "results":
-        collect(sys.argv[2], sys.argv[3:])
-    elif sys.argv[1] in ("students", "checkpoints"):
-        ship_students(*sys.argv[2:], beside="checkpoints" if sys.argv[1] == "checkpoints" else "")
+@command
+def main(arguments: Sequence[str]) -> None:
+    """The command of this module."""
+    what, *words = arguments or [""]
+    if not what or (what in ("results", "students", "checkpoints") and len(words) < 2):
+        raise SferdError("too few words; --help says what is expected")
+    if what == "results":
+        collect(words[0], words[1:])
+    elif what in ("students", "checkpoints"):
+        ship_students(*words, beside="checkpoints" if what == "checkpoints" else "")
     else:
-        ship(sys.argv[1], **parse_literals(sys.argv[2:]))
+        ship(what, **parse_literals(words))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -36,7 +36,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -49,7 +49,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from sferd_lab.config import PLACES, Settings, check_inside, make_settings, parse_literals
-from sferd_lab.errors import SferdError
+from sferd_lab.errors import SferdError, command
 from sferd_lab.files import is_file, project_folder, read_record, read_yaml, replacing, write_json, write_text
 
 if TYPE_CHECKING:
@@ -208,20 +208,18 @@ def run_sweep(
     return runs.set_index("run").loc[list(jobs)].reset_index()
 
 
-def main(arguments: list[str]) -> int:
+@command
+def main(arguments: Sequence[str]) -> int:
     """The command of this module; returns its exit status."""
+    if len(arguments) < 2:
+        raise SferdError("usage: python -m sferd_lab.sweep SWEEP.yaml FOLDER [name=value ...]")
+    options = parse_literals(arguments[2:])
+    if unknown := sorted(set(options) - {"workers", "scheduler", "retries", "time_limit", "allow_outside"}):
+        raise SferdError(f"option '{unknown[0]}'; allowed: workers, scheduler, retries, time_limit, allow_outside")
+    if str(allow := options.pop("allow_outside", False)).lower() not in ("true", "false"):
+        raise SferdError(f"allow_outside = {allow!r}; allowed: true, false")
     try:
-        if len(arguments) < 2:
-            raise SferdError("usage: python -m sferd_lab.sweep SWEEP.yaml FOLDER [name=value ...]")
-        options = parse_literals(arguments[2:])
-        if unknown := sorted(set(options) - {"workers", "scheduler", "retries", "time_limit", "allow_outside"}):
-            raise SferdError(f"option '{unknown[0]}'; allowed: workers, scheduler, retries, time_limit, allow_outside")
-        if str(allow := options.pop("allow_outside", False)).lower() not in ("true", "false"):
-            raise SferdError(f"allow_outside = {allow!r}; allowed: true, false")
         runs = run_sweep(read_sweep(arguments[0], str(allow).lower() == "true"), arguments[1], **options)
-    except SferdError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command goes on\n")
         return 130  # as a shell has it

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,38 @@ def test_a_name_in_a_file_of_parameters_is_a_settings_name(here: Path, name: Any
     with pytest.raises(SferdError, match=r"unknown parameter .*; allowed: preset, seed"):
         read_parameters(path)
     assert config.main([str(path)]) == 2
+
+
+WRONG = {
+    "analysis.ensemble": (["digits", "out", "teachers=2"], "students is not given"),
+    "analysis.study": (["spatiol", "run", "name"], "'spatiol run name'; allowed: one of spatial"),
+    "config": (["none.yaml"], "none.yaml is missing"),
+    "experiment": (["preset=digit"], "preset = 'digit'; allowed: digits"),
+    "plan": (["digits"], "argument 'digits'; allowed: name=value"),
+    "report": (["out"], "out/metrics.csv is missing"),
+    "ship": (["results", "name"], "too few words"),
+    "sweep": (["none.yaml"], "usage: "),
+}
+
+
+@pytest.mark.parametrize("module", WRONG)
+def test_a_command_says_in_a_line_what_is_wrong_and_with_help_what_it_does(
+    here: Path, capsys: pytest.CaptureFixture[str], module: str
+) -> None:
+    found, (words, told) = import_module(f"sferd_lab.{module}"), WRONG[module]
+    assert found.main(words) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(told)
+    assert found.main([*words, "--help"]) == 0
+    assert capsys.readouterr() == (f"{found.__doc__.strip()}\n", "")
+    assert not list(here.iterdir())
+
+
+def test_the_check_of_a_file_prints_nothing_of_python_itself() -> None:
+    file = ROOT / "data" / "studies" / "digits" / "paper.yaml"
+    done = subprocess.run([sys.executable, "-m", "sferd_lab.config", str(file)], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_make_checks_a_file_before_papermill_sees_it() -> None:

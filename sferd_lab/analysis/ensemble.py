@@ -28,7 +28,7 @@ from sferd_lab.config import make_settings, parse_literals
 from sferd_lab.data import Split
 from sferd_lab.denoiser import Denoiser, Prediction
 from sferd_lab.diffusion import Angle, as_angle
-from sferd_lab.errors import SferdError
+from sferd_lab.errors import SferdError, command
 from sferd_lab.experiment import Run
 from sferd_lab.semantic import LatentDenoiser
 
@@ -196,11 +196,19 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-if __name__ == "__main__":
-    options = parse_literals(sys.argv[3:])
+@command
+def main(arguments: Sequence[str]) -> None:
+    """The command of this module."""
+    options = parse_literals(arguments[2:])
+    if missing := [name for name in ("teachers", "students") if name not in options]:
+        raise SferdError(f"{missing[0]} is not given; allowed: PRESET FOLDER teachers=... students=... [workers=...] [name=value ...]")
     workers = options.pop("workers", 1)
     if workers == 1:
-        train_members(sys.argv[1], sys.argv[2], **options)
+        train_members(arguments[0], arguments[1], **options)
     else:
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=one_thread) as pool:
-            train_members(sys.argv[1], sys.argv[2], executor=pool, **options)
+            train_members(arguments[0], arguments[1], executor=pool, **options)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

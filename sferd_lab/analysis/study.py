@@ -35,7 +35,7 @@ from sferd_lab.config import Settings, parse_literals
 from sferd_lab.data import load_images
 from sferd_lab.denoiser import Denoiser, FiniteSetDenoiser
 from sferd_lab.diffusion import HALF_PI, add_noise
-from sferd_lab.errors import SferdError
+from sferd_lab.errors import SferdError, command
 from sferd_lab.experiment import provenance
 from sferd_lab.files import read_json, read_record, replacing, write_json
 from sferd_lab.guidance import default_layer
@@ -287,6 +287,14 @@ def _write(kind: str, name: str, table: pd.DataFrame) -> None:
         table.to_csv(temporary, index=False)
 
 
-if __name__ == "__main__":
+@command
+def main(arguments: Sequence[str]) -> None:
+    """The command of this module."""
     studies = {"spatial": spatial_study, "bias-variance": bias_variance_study, "mechanism": mechanism_study}
-    studies[sys.argv[1]](sys.argv[2], sys.argv[3], **parse_literals(sys.argv[4:]))
+    if len(arguments) < 3 or arguments[0] not in studies:
+        raise SferdError(f"'{' '.join(arguments)}'; allowed: one of {', '.join(studies)}, a folder, a name, then name=value ...")
+    studies[arguments[0]](arguments[1], arguments[2], **parse_literals(arguments[3:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
