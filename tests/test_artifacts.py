@@ -298,6 +298,9 @@ def test_students_are_shipped_with_what_they_need_and_their_hashes(tmp_path: Pat
     ship.ship_students(str(run), "pd-sgp-1", beside="checkpoints")
     assert load(tmp_path / "data" / "checkpoints" / "digits" / "pd-sgp-1.safetensors").prior is not None
     assert read_json(tmp_path / "data" / "checkpoints" / "digits" / "students.json")["sha256"].keys() == {"pd-sgp-1", "pd-sgp-1-prior"}
+    save_model(weights / "teacher.safetensors", MODELS["network"](), INFO)
+    ship.ship_students(str(run), "teacher", beside="checkpoints")  # of a size whose teacher is in no wheel
+    assert "teacher" in read_json(tmp_path / "data" / "checkpoints" / "digits" / "students.json")["sha256"]
 
 
 def test_a_kernel_prior_is_shipped_in_half_the_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
