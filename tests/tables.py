@@ -258,6 +258,7 @@ COMPARED = (  # a name for readers, what is asked about in one step, what it is 
     ("CD + guidance over CD", "guided, CD", "CD", 1),
     ("CD + SGP over CD", "pair, CD", "CD", 1),
     ("SFERD-CD over CD", "both, CD", "CD", 1),
+    ("SFERD-CD over CD + SGP: what guidance adds", "both, CD", "pair, CD", 1),
 )
 
 
@@ -286,7 +287,7 @@ def compared_lines() -> dict[str, tuple[Line, Line | None]]:
         "in order": line(replace(sgp, sgp="walk"), "paper"),
         "both in order": line(replace(both, sgp="walk"), "paper-x0"),
         "guided, CD": line(guided_cd, "guidance-x0", "guidance-x0"),
-        "pair, CD": line(with_sgp("cd"), "improved"),
+        "pair, CD": line(with_sgp("cd"), "improved", "improved"),
         "both, CD": line(with_sgp("cd", True), "improved-x0-cd", "improved-x0"),
     }
 
