@@ -32,8 +32,9 @@ experiment: .venv/ready
 		--TagRemovePreprocessor.remove_all_outputs_tags progress --TagRemovePreprocessor.remove_cell_tags course $(run_folder)/experiment.ipynb
 	$(BIN)/python -m sferd_lab.report $(run_folder)
 
+# In the files' order: sorted by their number of tests, as xdist does, the longest would come last and alone.
 test: .venv/ready lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests
 	$(MAKE) test-notebooks
 
 test-notebooks: .venv/ready
