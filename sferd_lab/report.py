@@ -174,6 +174,8 @@ def training_tflop(stages: pd.DataFrame, row: Row) -> float:
 @command
 def main(folders: Sequence[str]) -> None:
     """Print each run's table and where its files are; for several runs also the ratios over their seeds."""
+    if not folders:
+        raise SferdError("no run folder; allowed: one or more")
     columns = ["fd", "kid", "recall", "coverage", "memorisation_ratio", "teacher_mse", "sampling_mflops_per_image"]
     tables = [read_table(Path(folder) / "metrics.csv") for folder in folders]
     for folder, table in zip(map(Path, folders), tables, strict=True):

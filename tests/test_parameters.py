@@ -94,23 +94,27 @@ def test_a_name_in_a_file_of_parameters_is_a_settings_name(here: Path, name: Any
     assert config.main([str(path)]) == 2
 
 
-WRONG = {
-    "analysis.ensemble": (["digits", "out", "teachers=2"], "students is not given"),
-    "analysis.study": (["spatiol", "run", "name"], "'spatiol run name'; allowed: one of spatial"),
-    "config": (["none.yaml"], "none.yaml is missing"),
-    "experiment": (["preset=digit"], "preset = 'digit'; allowed: digits"),
-    "plan": (["digits"], "argument 'digits'; allowed: name=value"),
-    "report": (["out"], "out/metrics.csv is missing"),
-    "ship": (["results", "name"], "too few words"),
-    "sweep": (["none.yaml"], "usage: "),
-}
+WRONG = (
+    ("analysis.ensemble", ["digits", "out", "teachers=2"], "students is not given"),
+    ("analysis.study", ["spatiol", "run", "name"], "'spatiol run name'; allowed: one of spatial"),
+    ("analysis.study", ["mechanism", "runs", "name"], "mechanism: missing a required argument: 'seeds'"),
+    ("analysis.study", ["spatial", "run", "name", "m=3"], "spatial: got an unexpected keyword argument 'm'"),
+    ("config", ["none.yaml"], "none.yaml is missing"),
+    ("experiment", ["preset=digit"], "preset = 'digit'; allowed: digits"),
+    ("plan", ["digits"], "argument 'digits'; allowed: name=value"),
+    ("report", [], "no run folder"),
+    ("report", ["out"], "out/metrics.csv is missing"),
+    ("ship", [], "too few words"),
+    ("ship", ["results", "name"], "too few words"),
+    ("sweep", ["none.yaml"], "usage: "),
+)
 
 
-@pytest.mark.parametrize("module", WRONG)
+@pytest.mark.parametrize(("module", "words", "told"), WRONG)
 def test_a_command_says_in_a_line_what_is_wrong_and_with_help_what_it_does(
-    here: Path, capsys: pytest.CaptureFixture[str], module: str
+    here: Path, capsys: pytest.CaptureFixture[str], module: str, words: list[str], told: str
 ) -> None:
-    found, (words, told) = import_module(f"sferd_lab.{module}"), WRONG[module]
+    found = import_module(f"sferd_lab.{module}")
     assert found.main(words) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)

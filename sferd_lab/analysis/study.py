@@ -7,6 +7,7 @@ a folder of ``analysis.ensemble``, ``... mechanism RUNS NAME seeds=[1,2,3]`` the
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -293,7 +294,12 @@ def main(arguments: Sequence[str]) -> None:
     studies = {"spatial": spatial_study, "bias-variance": bias_variance_study, "mechanism": mechanism_study}
     if len(arguments) < 3 or arguments[0] not in studies:
         raise SferdError(f"'{' '.join(arguments)}'; allowed: one of {', '.join(studies)}, a folder, a name, then name=value ...")
-    studies[arguments[0]](arguments[1], arguments[2], **parse_literals(arguments[3:]))
+    study, (folder, name), options = studies[arguments[0]], arguments[1:3], parse_literals(arguments[3:])
+    try:
+        inspect.signature(study).bind(folder, name, **options)
+    except TypeError as error:
+        raise SferdError(f"{arguments[0]}: {error}; allowed: {inspect.signature(study)}") from None
+    study(folder, name, **options)
 
 
 if __name__ == "__main__":

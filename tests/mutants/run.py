@@ -62,7 +62,7 @@ def run_tests(tests: Iterable[str], mutation: Mutation | None = None) -> subproc
     with TemporaryDirectory(prefix="sferd-mutant-") as name:
         scratch = Path(name)
         for folder in ("sferd_lab", "tests", "data"):
-            shutil.copytree(ROOT / folder, scratch / folder, ignore=shutil.ignore_patterns("__pycache__", "fashion-mnist"))
+            shutil.copytree(ROOT / folder, scratch / folder, ignore=shutil.ignore_patterns("__pycache__", "*-ubyte*"))
         shutil.copy(ROOT / "pyproject.toml", scratch)
         (scratch / "conftest.py").write_text(GUARD, encoding="utf-8")
         if mutation is not None:
