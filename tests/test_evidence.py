@@ -140,6 +140,10 @@ CLAIMS = [
     Claim("11_evidence", "c3e07a52", GUIDED1, PD1, "fashion16-guidance-x0/metrics.csv", FASHION),
     Claim("11_evidence", "c3e07a53", CD1, CD1, "fashion16-improved-x0/metrics.csv", FASHION),
     Claim("11_evidence", "c3e07a53", pair(method="cd"), CD1, "fashion16-improved/metrics.csv", FASHION),
+    Claim(
+        *("11_evidence", "c3e07a53", f"{CD1[:-1]}4", pair(method="cd", steps="steps == 4")),
+        *("fashion16-improved-x0/metrics.csv", "fashion16-improved/metrics.csv"),
+    ),
     Claim("11_evidence", "c3e07a52", "sgp == ''", PD1, "fashion16-contrast/metrics.csv", FASHION),
     Claim("11_evidence", "c3e07a52", "sgp != ''", pair(), "fashion16-contrast/metrics.csv", "fashion16-improved/metrics.csv"),
     Claim(
