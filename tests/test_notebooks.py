@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,9 @@ OTHER: dict[str, dict[str, Any]] = {
     "11_evidence": {"judge": "kid"},
     "experiment": {"seed": 2, "guidance_form": "x0", "methods": ["cd"], "prior": "diffusion", "sgp_target": "data"},
 }
-# These train for minutes: make test runs them as committed only, make test-long with other parameters too.
-LONG = "02_a_teacher", "05_progressive_distillation", "12_your_own"
 
 
-def params() -> list[Any]:
-    aside = pytest.mark.skipif("SFERD_LAB_LONG" not in os.environ, reason="takes minutes; make test-long runs it")
-    return [pytest.param(path, id=path.stem, marks=aside if path.stem in LONG else ()) for path in NOTEBOOKS]
-
-
-@pytest.mark.parametrize("path", params())
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
 def test_it_runs_with_other_parameters(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SFERD_LAB_TINY", "1")
     monkeypatch.setenv("SFERD_LAB_WIDGETS", "0")
