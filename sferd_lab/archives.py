@@ -93,8 +93,8 @@ def read_folder(folder: Path | str, size: int) -> tuple[dict[str, tuple[Tensor, 
 
     Subfolders are classes, in the order of their names; images right in the folder have no label. Each image is cropped and averaged as
     ``square`` says; grey if all files are. Which part a file belongs to follows from its name alone (a fifth features, a fifth
-    reference, the rest train), so more files change nothing for the others. Raises SferdError where images lie both in the folder and in
-    subfolders, or a part would be empty.
+    reference, the rest train), so more files change nothing for the others; so does a part's order, which mixes the classes. Raises
+    SferdError where images lie both in the folder and in subfolders, or a part would be empty.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -106,10 +106,13 @@ def read_folder(folder: Path | str, size: int) -> tuple[dict[str, tuple[Tensor, 
         raise SferdError(f"{folder} has images both in subfolders and beside them ({loose.name}); allowed: one or the other")
     grey = all(_is_grey(path) for path in files)
     parts: dict[str, list[tuple[Tensor, int]]] = {"features": [], "train": [], "reference": []}
-    for path in files:
-        name = path.relative_to(folder).as_posix()
+
+    def place(path: Path) -> int:
         # The name's own bytes, which need not be text.
-        part = FIFTHS[int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") % 5]
+        return int.from_bytes(hashlib.sha256(os.fsencode(path.relative_to(folder).as_posix())).digest()[:8], "big")
+
+    for path in sorted(files, key=place):
+        part = FIFTHS[place(path) % 5]
         parts[part].append((read_image(path, size, grey), classes.index(path.parent.name) if classes else 0))
     for part, found in parts.items():
         if not found:

@@ -228,8 +228,8 @@ def load_images(name: str, size: int | None = None, folder: Path | str | None = 
       image padded with 2 black pixels on each side, so that a U-Net can halve it. Read from ``fashion_folder()``, else Debian's
       package, else downloaded.
     - "patches", 32x32 colour, 2 classes: scikit-learn's two sample photographs (china 0, flower 1), a patch every 8 pixels. The parts
-      are interleaved bands of columns that share no pixel: 1,400 features, 2,800 train, 1,400 reference. Patches of one part
-      overlap, so they are far fewer independent images than their number says.
+      are interleaved bands of columns that share no pixel: 1,400 features, 2,800 train, 1,400 reference, each in a
+      fixed random order. Patches of one part overlap, so they are far fewer independent images than their number says.
     - "mixture", 8x8 grey, 10 classes: draws (seed 1) from ``image_mixture(size)``, whose exact denoiser is known: 2,000 features, 10,000
       train, 5,000 reference; the label is the component. Clipped to [-1, 1], at least 5 standard deviations from any component's mean:
       about one pixel in ten million is touched, far below what any metric here can see.
@@ -286,7 +286,9 @@ def _patches(size: int) -> _Parts:
                 windows = photograph[:, :, 80 * band : 80 * (band + 1)].unfold(1, 32, 8).unfold(2, 32, 8)
                 images.append(windows.permute(1, 2, 0, 3, 4).flatten(0, 1))
                 labels.append(torch.full((len(images[-1]),), label))
-        return Split(_to_images(torch.cat(images), 255, size), torch.cat(labels))
+        # In a fixed random order, so that any first few are of both photographs and neighbours do not overlap.
+        order = torch.from_numpy(np.random.RandomState(0).permutation(sum(map(len, images))))
+        return Split(_to_images(torch.cat(images)[order], 255, size), torch.cat(labels)[order])
 
     return part((1, 5)), part((0, 2, 4, 6)), part((3, 7)), 2
 

@@ -80,6 +80,7 @@ class Row:
     def label(self) -> str:
         """A short name, e.g. "pd+guidance+sgp (prior), 1 step"."""
         name = self.method + ("+guidance" if self.guidance else "") + (f"+sgp ({self.z})" if self.sgp else "")
+        name += ", Heun" if self.sampler == "heun" else ""
         return f"{name}, {self.steps} step{'s' * (self.steps != 1)}" if self.steps else name
 
     @property
@@ -174,6 +175,10 @@ class Run:
             raise SferdError(
                 "class_conditional and sgp are True with teacher_from; allowed: one of them, since a code comes without a label"
             )
+        if settings.class_conditional and settings.sgp and not settings.label_dropout:
+            raise SferdError("label_dropout = 0 with class_conditional and sgp; allowed: above 0, since beside a code there is no label")
+        if not self.data.classes:
+            raise SferdError(f"{self.data.name} has no labels to train a feature network on; allowed: data sets with labels")
         if min(height, width) < 8:
             raise SferdError(f"image_size = {settings.image_size}; allowed: 8 or more, what the feature network behind the scores needs")
         largest = len(self.data.train.images)
@@ -493,8 +498,6 @@ class Run:
         path = shipped_folder() / self.data.name / "features.safetensors"
         if not path.exists():
             path, split = self.folder / "weights" / "features.safetensors", self.data.features
-            if split.labels is None:
-                raise SferdError(f"{self.data.name} has no labels to train a feature network on; allowed: data sets with labels")
             if not self._is_there(path):
                 self._work()
                 about = {"data": self.data.name}
@@ -510,11 +513,16 @@ class Run:
         return self._scorer(path, f"{self.data.name}-net-2", ("fd", "kid")) if path.exists() else None
 
     def _scorer(self, path: Path, name: str, metrics: tuple[str, ...] = METRICS) -> Scorer:
+        """The judge in ``path``. Its training images are all of them, also for a model of a ``bootstrap`` sample, which has seen fewer."""
         network, digest = load_feature_network(path)
         images, k = (self.data.reference.images, self.data.train.images), self.settings.neighbours
         known = shipped_folder() / self.data.name / "floors.json"
         floors = read_floors(known, digest, k) if known.exists() else {}
         return Scorer(network, digest, name, *images, k=k, metrics=metrics, known_floors=floors)
+
+    @cached_property
+    def _sorted_labels(self) -> Tensor:
+        return self.train_split.labels.sort().values
 
     @property
     def share(self) -> range:
@@ -529,7 +537,9 @@ class Run:
         which = self.share if which is None else which
         # A label beside a code would have to agree with it, and the prior draws codes alone: with a code there is none.
         if self.unet.classes and prior is None and "z" not in condition:
-            condition["labels"] = torch.arange(which.stop) % self.data.classes
+            # As often as in training: any first few, too, for steps of the golden ratio spread evenly over the sorted labels.
+            place = torch.arange(which.stop, dtype=torch.float64) * 0.5 * (5**0.5 - 1) % 1
+            condition["labels"] = self._sorted_labels[(place * len(self._sorted_labels)).long()]
         return sample(
             denoiser,
             len(which),
@@ -574,12 +584,12 @@ class Run:
     @property
     def yardstick_row(self) -> Row:
         """The plain teacher at its largest step count."""
-        return Row("teacher", sampler="ddim", steps=self.settings.teacher_sampling_steps[-1])
+        return Row("teacher", sampler="ddim", steps=max(self.settings.teacher_sampling_steps))
 
     @cached_property
     def yardstick(self) -> Tensor:
         """The samples of that row that are this process's share, on the noise that all rows have in common."""
-        return self.draw(self.yardstick_row, self.teacher()).images
+        return self.draw(self.yardstick_row, self.guide(self.teacher(), False)).images
 
     def _flops(self, row: Row, denoiser: Denoiser, prior: Prior | None, condition: dict[str, Tensor]) -> float:
         """FLOPs an image. Every sampler costs a fixed amount for the first step and another for each further one."""
@@ -629,9 +639,9 @@ class Run:
                     predicted = model(x, model.phi_hi, z=z[first : first + len(part)].to(self.device)).x0.cpu()
                 total[name] += float((predicted - part).square().mean(dim=(1, 2, 3)).sum())
             first += len(part)
-        values = {f"reconstruction_mse_{name}": error / len(images) for name, error in total.items()}
+        scores = [{"metric": f"reconstruction_mse_{name}", "value": error / len(images), "n": len(images)} for name, error in total.items()]
         self._work()
-        processes.once(lambda: self._append_rows(row, values))
+        processes.once(lambda: self._append_rows(row, scores))
         return self._known(row)
 
     def _known(self, row: Row) -> pd.DataFrame | None:
@@ -656,15 +666,15 @@ class Run:
                 for name, judge in judges.items()
                 for score in judge.scores_of(features[name].numpy())
             ]
-            self._append_rows(row, extra, scores)
+            more = [{"metric": name, "value": value, "n": self.settings.n_samples} for name, value in extra.items()]
+            self._append_rows(row, scores + more)
 
         self._work()
         processes.once(keep)
         return self._known(row)
 
-    def _append_rows(self, row: Row, extra: dict[str, float], scores: list[dict[str, Any]] | None = None) -> None:
-        numbers = (scores or []) + [{"metric": name, "value": value, "n": self.settings.n_samples} for name, value in extra.items()]
-        frame = pd.DataFrame([{**asdict(row), "seed": self.settings.seed, **number} for number in numbers])
+    def _append_rows(self, row: Row, scores: list[dict[str, Any]]) -> None:
+        frame = pd.DataFrame([{**asdict(row), "seed": self.settings.seed, **score} for score in scores])
         self._append("metrics.csv", frame, asdict(row))
 
     def _append(self, name: str, frame: pd.DataFrame, identity: dict[str, Any]) -> None:
@@ -688,10 +698,10 @@ class Run:
     # The whole way ------------------------------------------------------------------------------------------------------
 
     def evaluate_teacher(self) -> Iterator[Row]:
-        """Score the teacher at its step counts, and guided at the last; yields each row when done."""
+        """Score the teacher at its step counts, and guided at the largest; yields each row when done."""
         teacher, counts = self.teacher(), self.settings.teacher_sampling_steps
         rows = [Row("teacher", sampler=sampler, steps=steps) for sampler in self.settings.teacher_samplers for steps in counts]
-        rows += [Row("teacher", guided, sampler="ddim", steps=counts[-1]) for guided in self.settings.guided if guided]
+        rows += [Row("teacher", guided, sampler="ddim", steps=max(counts)) for guided in self.settings.guided if guided]
         # The yardstick first: the others are compared with its samples, which are then there.
         for row in sorted(rows, key=lambda row: row != self.yardstick_row):
             self.evaluate(row, self.guide(teacher, row.guidance))
@@ -831,17 +841,17 @@ def as_student(source: Denoiser) -> Denoiser:
 
 
 def on_images(batch: Batch) -> dict[str, Tensor]:
-    """Condition on the image itself, for a semantic denoiser to encode with the batch's noise on its code."""
-    return {**on_labels(batch), "image": batch.x0, "z_noise": batch.z_noise}
+    """Condition on the image itself, for a semantic denoiser to encode with the batch's noise on its code; on no label, as in sampling."""
+    return {"image": batch.x0, "z_noise": batch.z_noise}
 
 
 def on_codes(semantic: SemanticDenoiser) -> Callable[[Batch], dict[str, Tensor]]:
-    """Condition on codes by the frozen encoder of ``semantic``, with the batch's noise: the same for teacher and student."""
+    """Condition on codes by the frozen encoder of ``semantic``, with the batch's noise, the same for teacher and student; on no label."""
     encoder = copy.deepcopy(semantic.encoder).eval().requires_grad_(False)
 
     def condition(batch: Batch) -> dict[str, Tensor]:
         with torch.no_grad():
-            return {**on_labels(batch), "z": encoder.to(batch.x0.device)(batch.x0) + batch.z_noise}
+            return {"z": encoder.to(batch.x0.device)(batch.x0) + batch.z_noise}
 
     return condition
 

@@ -98,7 +98,8 @@ def default_layer(layers: Sequence[str]) -> str:
 class GuidedDenoiser(Denoiser):
     """A teacher with attention guidance of weight ``weight``: 0 is the teacher itself, bit for bit; otherwise two evaluations.
 
-    The authors' scale 1.3 is ``weight`` 0.3. ``layer`` None is ``default_layer``.
+    The authors' scale 1.3 is ``weight`` 0.3. ``form`` is "x0", that of the paper's figure, or "eps", that of the authors' code, which
+    ``Settings`` begin with. ``layer`` None is ``default_layer``.
     """
 
     def __init__(

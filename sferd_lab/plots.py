@@ -95,6 +95,8 @@ def metric_versus_steps(table: pd.DataFrame, metric: str, label: str) -> Figure:
     if rows.empty:
         raise SferdError(f"metric = '{metric}'; allowed: {', '.join(scored['metric'].unique())}")
     figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    starred = rows[rows["z"] == "prior"]
+    beside = list(dict.fromkeys(zip(starred["method"], starred["guidance"], strict=True)))
     for colour, (method, part) in zip(PALETTE, rows.groupby("method", sort=False), strict=False):
         # In the order of steps: a run scores the teacher's most steps first.
         for (guided, sampler), line in part[part["sgp"] == ""].sort_values("steps").groupby(["guidance", "sampler"]):
@@ -105,7 +107,8 @@ def metric_versus_steps(table: pd.DataFrame, metric: str, label: str) -> Figure:
             name = f"{method}{' + guidance' if guided else ''} + SGP"
             style = {"color": colour, "mec": colour if guided else "black", "mfc": "none" if guided else colour, "ms": 13, "mew": 1.5}
             # Beside their column, so that stars of one step count do not hide each other.
-            axes.plot(stars["steps"] * (1.1 if guided else 0.92), stars["value"], "*", label=name, **style)
+            shift = 2 ** (0.18 * (beside.index((method, guided)) - (len(beside) - 1) / 2))
+            axes.plot(stars["steps"] * shift, stars["value"], "*", label=name, **style)
     floor, spread = rows["floor"].iloc[0], rows["floor_sd"].iloc[0]
     axes.axhspan(floor - spread, floor + spread, color="gray", alpha=0.3, label="real images (mean ± sd)")
     ticks = sorted(rows["steps"].unique())
@@ -168,6 +171,19 @@ def metric_versus_cost(table: pd.DataFrame, metric: str, label: str) -> Figure:
     return figure
 
 
+# The colours of a decomposition's terms, the same in every figure.
+TERM_COLOURS = dict(
+    zip(
+        (
+            *("teacher_bias", "distillation_bias", "bias_cross", "teacher_variance", "student_variance", "data_variance", "seed_variance"),
+            *("irreducible", "chance", "irreducible_and_teacher_bias"),
+        ),
+        PALETTE,
+        strict=True,
+    )
+)
+
+
 def term_bars(table: pd.DataFrame, by: str, title: str = "") -> Figure:
     """What an error is made of: one stacked bar for each value of the column ``by``, each term with its interval, dots at the totals.
 
@@ -176,19 +192,21 @@ def term_bars(table: pd.DataFrame, by: str, title: str = "") -> Figure:
     figure, axes = plt.subplots(figsize=(7.5, 3.6), layout="constrained")
     groups = list(dict.fromkeys(table[by]))
     up, down = np.zeros(len(groups)), np.zeros(len(groups))
-    for colour, (term, part) in zip(PALETTE, table[table["term"] != "total"].groupby("term", sort=False), strict=False):
+    for which, (term, part) in enumerate(table[table["term"] != "total"].groupby("term", sort=False)):
         part = part.set_index(by).reindex(groups)
         value = part["value"].fillna(0).to_numpy()
         base = np.where(value >= 0, up, down)
         error = np.nan_to_num([part["value"] - part["low"], part["high"] - part["value"]])
-        axes.bar(range(len(groups)), value, 0.6, base, color=colour, label=term.replace("_", " "), yerr=error, error_kw={"lw": 0.8})
+        axes.bar(range(len(groups)), value, 0.6, base, color=TERM_COLOURS.get(term, "gray"), label=term.replace("_", " "))
+        # Side by side, so that one term's interval is not taken for another's, or for the total's.
+        axes.errorbar(np.arange(len(groups)) + 0.08 * (which - 2.5), base + value, error, fmt="none", ecolor="black", elinewidth=0.8)
         up, down = np.where(value >= 0, up + value, up), np.where(value < 0, down + value, down)
     totals = table[table["term"] == "total"].set_index(by).reindex(groups)["value"]
     axes.plot(range(len(groups)), totals, "kD", ms=4, label="total")
     axes.axhline(0, color="black", lw=0.8)
     axes.set_xticks(range(len(groups)), groups)
     axes.set_xlabel(by)
-    axes.set_ylabel("squared error a pixel")
+    axes.set_ylabel("mean squared error")
     axes.set_title(title, fontsize=10)
     figure.legend(loc="outside right center", fontsize=8)
     return figure

@@ -38,14 +38,17 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 def effects(table: pd.DataFrame, metric: str = "fd") -> pd.DataFrame:
     """What guidance and the semantic gradient predictor each do: ``metric`` of each method and step count, and ratios to the plain student.
 
-    One training seed: ratios within about the floor's own spread of 1 are noise. Codes come from the prior.
+    One training seed: ratios within about the floor's own spread of 1 are noise. Codes come from the prior. Without a plain student there
+    are no ratios. Raises SferdError for two numbers of one student, as tables of several runs have.
     """
     rows = table[(table["metric"] == metric) & table["method"].isin(("pd", "cd")) & table["z"].isin(("", "prior"))]
     name = rows["guidance"].map({False: "", True: "+guidance"}) + rows["sgp"].map(lambda sgp: "+sgp" if sgp else "")
-    wide = rows.assign(variant=name.replace("", "plain")).pivot_table(
-        index=["method", "steps"], columns="variant", values="value", sort=False
-    )
-    for variant in [column for column in wide if column != "plain"]:
+    rows = rows.assign(variant=name.replace("", "plain"))
+    if (twice := rows.duplicated(["method", "steps", "variant"])).any():
+        told = rows[twice].iloc[0]
+        raise SferdError(f"two numbers of '{told['method']} {told['variant']} {told['steps']}' ({metric}); allowed: one a seed")
+    wide = rows.pivot_table(index=["method", "steps"], columns="variant", values="value", sort=False)
+    for variant in [column for column in wide if "plain" in wide and column != "plain"]:
         wide[f"{variant} / plain"] = wide[variant] / wide["plain"]
     return wide
 
@@ -55,7 +58,7 @@ def known_bad_verdicts(run: Run) -> pd.DataFrame:
     table, counts = run.table(), run.settings.teacher_sampling_steps
     images, labels = run.data.train.images, run.data.train.labels
     watch = {Row(name): metric for name, (_, metric) in known_bad(images, labels, run.settings.n_samples, run.settings.seed).items()}
-    if 4 in counts[:-1]:
+    if 4 in counts and max(counts) > 4:
         watch[Row("teacher", sampler="ddim", steps=4)] = "fd"
 
     def value(row: Row, metric: str) -> float:
@@ -148,8 +151,7 @@ def verdict(table: pd.DataFrame, method: str, variant: str, steps: int = 1, metr
 def headline(table: pd.DataFrame, metric: str = "fd") -> pd.DataFrame:
     """``metric`` by kind of sample and step count: mean and standard deviation over the seeds in ``table``, as text."""
     rows = table[(table["metric"] == metric) & (table["steps"] > 0)]
-    names = rows[list(Row.__dataclass_fields__)].apply(lambda row: Row(*row).label.split(", ")[0], axis=1)
-    names += rows["sampler"].map(lambda sampler: ", Heun" if sampler == "heun" else "")
+    names = rows[list(Row.__dataclass_fields__)].apply(lambda row: Row(*row).label.rpartition(", ")[0], axis=1)
     grouped = rows.assign(samples=names).groupby(["samples", "steps"], sort=False)["value"]
     text = grouped.mean().map("{:.3g}".format) + grouped.std(ddof=1).map(lambda sd: "" if np.isnan(sd) else f" ± {sd:.2g}")
     wide = text.unstack("steps").fillna("")
@@ -168,6 +170,8 @@ def training_tflop(stages: pd.DataFrame, row: Row) -> float:
             wanted.append(stage)
     if row.sgp:
         wanted.append("teacher-sgp" if conditional else f"{plain}-{row.steps}-sgp")
+        if row.z == "prior" and f"{wanted[-1]}-latent" in cost:  # what draws the codes, where that is trained, too
+            wanted.append(f"{wanted[-1]}-latent")
     return float(cost[wanted].sum())
 
 
@@ -177,7 +181,8 @@ def main(folders: Sequence[str]) -> None:
     if not folders:
         raise SferdError("no run folder; allowed: one or more")
     columns = ["fd", "kid", "recall", "coverage", "memorisation_ratio", "teacher_mse", "sampling_mflops_per_image"]
-    tables = [read_table(Path(folder) / "metrics.csv") for folder in folders]
+    expected = (*Row.__dataclass_fields__, "seed", "metric", "value", "floor", "features")
+    tables = [read_table(Path(folder) / "metrics.csv", expected) for folder in folders]
     for folder, table in zip(map(Path, folders), tables, strict=True):
         wide = summary(table)
         text = wide[[column for column in columns if column in wide]].to_string(float_format=lambda value: f"{value:.4g}", na_rep="")

@@ -135,7 +135,10 @@ def set_precision(precision: str) -> None:
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
-    """The random stream of one training step."""
+    """The random stream of one training step.
+
+    It is also that of sample ``step``'s later noises (``SampleNoise``) where both have one seed; a run's stages have seeds of their own.
+    """
     return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]) >> 1)
 
 

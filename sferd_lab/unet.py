@@ -333,8 +333,9 @@ class UNet(nn.Module):
             or labels.dtype not in (torch.int64, torch.int32)
             or (labels.is_cpu and not bool(((labels >= 0) & (labels <= self.shape.classes)).all()))
         ):
+            values = f" with values {labels.min().item()} to {labels.max().item()}" if labels.numel() else ""
             raise SferdError(
-                f"labels are {labels.dtype} of shape {tuple(labels.shape)} with values {labels.min().item()} to {labels.max().item()}; "
+                f"labels are {labels.dtype} of shape {tuple(labels.shape)}{values}; "
                 f"allowed: integers ({x.shape[0]},) with 0 to {self.shape.classes} (the last: no label)"
             )
 

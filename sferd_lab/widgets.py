@@ -166,8 +166,8 @@ def students_explorer(models: Mapping[str, tuple[Pretrained, int]], count: int =
         drawn = {name: model.sample(count, steps, seed=noise) for name, (model, steps) in models.items()}
         first, *others = drawn
         apart = {name: (drawn[name] - drawn[first]).square().mean().sqrt().item() for name in others}
-        distances = ", ".join(f"{name} by {value:.2f}" for name, value in apart.items())
-        return same_noise_rows(drawn, count), f"noise {noise}: from {first} differ, root mean square, {distances}."
+        distances = "; ".join(f"{name} {value:.2f}" for name, value in apart.items())
+        return same_noise_rows(drawn, count), f"noise {noise}, root mean square distance to the first row: {distances}."
 
     return explore(show, noise=ipywidgets.IntSlider(value=1, min=1, max=50, description="noise"))
 

@@ -69,8 +69,11 @@ def test_more_files_leave_the_others_where_they_were(tmp_path: Path) -> None:
         return {image.numpy().tobytes(): part for part, (images, _) in parts.items() for image in images}
 
     before = members(read_folder(folder_of(tmp_path / "set", 30), 7)[0])
-    after = members(read_folder(folder_of(tmp_path / "set", 60), 7)[0])
+    parts, _ = read_folder(folder_of(tmp_path / "set", 60), 7)
+    after = members(parts)
     assert before.items() <= after.items()
+    assert [key for key in after if key in before] == list(before)  # in the same order
+    assert parts["train"][1].diff().ne(0).sum() > 5  # which mixes the classes, so that the first few are of all
 
 
 def test_without_subfolders_there_are_no_labels_and_grey_stays_grey(tmp_path: Path) -> None:

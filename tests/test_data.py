@@ -138,6 +138,14 @@ def test_patches_of_different_parts_share_no_pixel(monkeypatch):
     assert sum(seen).max() == 1
 
 
+def test_the_first_patches_are_of_both_photographs_and_neighbours_share_little():
+    for split in parts(load_images("patches")):
+        assert 0.4 < split.labels[:200].double().mean() < 0.6
+        shares = [torch.equal(one[:, :, 8:], other[:, :, :-8]) for one, other in zip(split.images[1:201], split.images[:200], strict=True)]
+        shares += [torch.equal(one[:, :, 8:], other[:, :, :-8]) for one, other in zip(split.images[:200], split.images[1:201], strict=True)]
+        assert sum(shares) < 10
+
+
 @pytest.mark.parametrize(("name", "size"), [("digits", 4), ("patches", 16)])
 def test_a_smaller_size_is_the_area_average_of_the_native_images(name, size):
     native, small = load_images(name), load_images(name, size)

@@ -266,6 +266,23 @@ def test_guidance_is_what_the_settings_say(tmp_path: Path, fake: dict[str, Asked
     assert {name: getattr(guided, name) for name in expected} == expected
 
 
+def test_after_a_restart_rows_are_held_against_the_teacher_that_was_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"class_conditional": True, "sgp": False, "classifier_free": 3.0, "teacher_sampling_steps": (2, 1)}  # in any order
+    run, drawn = start(tmp_path, **given), []
+
+    def draw(row: Row, denoiser: Denoiser, *rest: Any) -> Any:
+        drawn.append((row, denoiser))
+        return Run.draw(run, row, denoiser, *rest)
+
+    monkeypatch.setattr(run, "draw", draw)
+    list(run.evaluate_teacher())
+    del run.yardstick  # as it is when the row is read, not made
+    _ = run.yardstick
+    (scored, by), *_, (last, again) = drawn
+    assert scored == last == run.yardstick_row == Row("teacher", sampler="ddim", steps=2)
+    assert (by.scale, again.scale) == (3.0, 3.0)
+
+
 def batch(run: Run, z_noise: float = 0.5) -> Batch:
     images = run.data.train.images[:4]
     generator = torch.Generator().manual_seed(0)
@@ -294,6 +311,16 @@ def test_the_conditional_pair_is_distilled_with_the_same_noisy_code_for_teacher_
     # The condition's encoder standardises by what it learned, not by this batch of four, and keeps it.
     torch.testing.assert_close(on_codes(source.train())(draw)["z"], z)
     torch.testing.assert_close(source.eval().encoder(draw.x0) + draw.z_noise, z)
+
+
+def test_what_is_told_a_code_learns_without_labels_as_it_is_sampled(fake: dict[str, Asked], tmp_path: Path) -> None:
+    run = start(tmp_path, class_conditional=True)
+    train_everything(run)
+    draw = replace(batch(run), labels=torch.arange(4))
+    assert fake["pd-4"].target.condition(draw).keys() == {"labels"}
+    for stage in ("pd-sgp-1", "cd-sgp"):
+        assert fake[stage].target.condition(draw).keys() == fake[stage].target.teacher_condition(draw).keys() == {"z"}
+    assert fake["teacher-sgp"].target(draw, fake["teacher-sgp"].model).condition.keys() == {"image", "z_noise"}
 
 
 def test_the_z_conditional_teacher_keeps_the_teacher_frozen_and_sees_the_image(fake: dict[str, Asked], tmp_path: Path) -> None:
@@ -559,6 +586,7 @@ def test_without_a_folder_a_run_goes_to_its_presets_and_seeds(tmp_path: Path, mo
         ({"prior_components": 848}, "prior_components = 848; allowed: at most 847"),
         ({"image_size": 4, "widths": (8,), "attention": (0,), "z_dim": 2, "blur_kernel": 3}, "image_size = 4; allowed: 8 or more"),
         ({"attention": (), "guidance_layer": "decoder.0"}, "attention layer 'decoder.0'; allowed: middle"),
+        ({"class_conditional": True, "label_dropout": 0.0}, "label_dropout = 0 with class_conditional and sgp; allowed: above 0"),
         ({"data": "patches", "z_dim": 400}, "z_dim = 400; allowed: at most 384, 1/8 of the 3072 pixels"),
     ],
 )
@@ -574,9 +602,9 @@ def test_labels_cannot_be_used_where_there_are_none(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(experiment, "load_images", lambda *_: replace(data, name="unlabelled", classes=0, **parts))
     with pytest.raises(SferdError, match="class_conditional = True; allowed: False, since unlabelled has no labels"):
         start(tmp_path / "run", class_conditional=True)
-    run = start(tmp_path / "plain")
     with pytest.raises(SferdError, match="unlabelled has no labels to train a feature network on; allowed: data sets with labels"):
-        _ = run.scorer
+        start(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_shipped_teacher_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -674,11 +702,16 @@ def test_rows_share_their_noise_and_labels_image_by_image(scored: Run) -> None:
     assert "teacher_mse" not in numbers(scored, Row("cd", True, sampler="consistency", steps=4))
 
 
-def test_labels_are_dealt_in_turn(scored: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: dict[str, Tensor] = {}
+@pytest.mark.parametrize(("first", "count"), [(0, 80), (0, 30), (25, 40)])
+def test_labels_are_as_frequent_as_in_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: int, count: int) -> None:
+    run, told = start(tmp_path, class_conditional=True), {}
+    labels = torch.tensor([0] * 600 + [3] * 200 + [9] * 47)[torch.randperm(847, generator=torch.Generator().manual_seed(0))]
+    run.train_split = replace(run.train_split, labels=labels)
     monkeypatch.setattr(experiment, "sample", lambda *_, condition, **__: told.update(condition))
-    scored.draw(Row("pd", sampler="ddim", steps=1), scored.teacher(), range(23))
-    assert told["labels"].tolist() == [*range(10), *range(10), 0, 1, 2]
+    run.draw(Row("pd", sampler="ddim", steps=1), run.teacher(), range(first, first + count))
+    found = told["labels"].bincount(minlength=10)
+    assert len(told["labels"]) == count
+    assert (found - count * labels.bincount() / 847).abs().max() < 1.5  # any first few, and any that follow
 
 
 def test_scores_are_those_of_the_sampled_images(scored: Run) -> None:
@@ -734,6 +767,7 @@ def test_codes_are_compared_by_one_step_from_noise_to_held_out_images(fake: dict
             expected.append(float((predicted - reference.images).square().mean()))
     assert list(found.values())[:3] == pytest.approx(expected, rel=1e-6)
     assert all(abs(a / b - 1) > 1e-5 for a, b in itertools.combinations(found.values(), 2))
+    assert set(run.table().query("metric.str.startswith('reconstruction')")["n"]) == {len(reference.images)}
 
 
 def test_a_row_that_is_there_is_read_and_a_missing_one_is_made_in_its_place(scored: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -744,7 +778,7 @@ def test_a_row_that_is_there_is_read_and_a_missing_one_is_made_in_its_place(scor
     assert dict(zip(read["metric"], read["value"], strict=True)) == numbers(scored, row)
     monkeypatch.undo()
     # Written again, a row takes the place of the old one.
-    scored._append_rows(row, {"teacher_mse": 7.0})
+    scored._append_rows(row, [{"metric": "teacher_mse", "value": 7.0, "n": 80}])
     assert numbers(scored, row) == {"teacher_mse": 7.0}
     rest = scored.table()
     rest = rest[~(rest[["method", "steps", "sampler"]] == ["pd", 4, "ddim"]).all(axis=1)]
@@ -800,6 +834,7 @@ def test_contrast_stretches_the_students_images_from_black_and_nobody_elses(tmp_
     ("row", "label", "key"),
     [
         (Row("teacher", sampler="ddim", steps=64), "teacher, 64 steps", "teacher--64-steps"),
+        (Row("teacher", sampler="heun", steps=64), "teacher, Heun, 64 steps", "teacher--Heun--64-steps"),
         (Row("pd", True, "walk", "prior", "ddim", 1), "pd+guidance+sgp (prior), 1 step", "pd-guidance-sgp--prior---1-step"),
         (Row("blurred real"), "blurred real", "blurred-real"),
     ],

@@ -27,6 +27,7 @@ from sferd_lab.plots import (
     same_noise_rows,
     sample_grids,
     show_grid,
+    term_bars,
     tile,
     training_curves,
     trajectory,
@@ -184,8 +185,8 @@ def test_a_metric_against_steps_has_a_line_a_method_stars_for_codes_of_the_prior
     np.testing.assert_allclose(lines["teacher, Heun"].get_xydata(), [[1, 50], [4, 12.5]])
     np.testing.assert_allclose(lines["pd + guidance"].get_xydata(), [[1, 21], [4, 6]])
     # Stars beside their step count, guided to the right.
-    np.testing.assert_allclose(lines["pd + SGP"].get_xydata(), [[0.92, 5]])
-    np.testing.assert_allclose(lines["pd + guidance + SGP"].get_xydata(), [[1.1, 6]])
+    np.testing.assert_allclose(lines["pd + SGP"].get_xydata(), [[2**-0.09, 5]])
+    np.testing.assert_allclose(lines["pd + guidance + SGP"].get_xydata(), [[2**0.09, 6]])
     assert (lines["pd"].get_linestyle(), lines["pd + guidance"].get_linestyle()) == ("-", "--")
     assert lines["pd"].get_color() == lines["pd + SGP"].get_color() != lines["teacher"].get_color()
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
@@ -196,6 +197,36 @@ def test_a_metric_against_steps_has_a_line_a_method_stars_for_codes_of_the_prior
     assert (heights.y0, heights.y1) == (pytest.approx(1.5), pytest.approx(2.5))
     legend = [text.get_text() for text in axes.get_legend().get_texts()]
     assert legend == [*lines, "real images (mean ± sd)"]
+
+
+def test_no_star_of_a_step_count_stands_where_another_does() -> None:
+    pairs = scores().query("sgp != ''")
+    (axes,) = metric_versus_steps(pd.concat([scores(), pairs.assign(method="cd"), pairs.assign(method="teacher")]), "fd", "").axes
+    places = sorted(float(line.get_xdata()[0]) for line in axes.get_lines() if line.get_marker() == "*")
+    assert len(places) == 6
+    assert np.diff(np.log2(places)).min() > 0.1
+    assert 2**-0.5 < places[0] < 1 < places[-1] < 2**0.5  # nearer to its own column than to the next
+
+
+def test_a_term_has_one_colour_and_its_interval_a_place_of_its_own() -> None:
+    def terms(*names: str) -> pd.DataFrame:
+        return pd.DataFrame([{"term": name, "value": 1.0, "low": 0.5, "high": 2.0, "by": "a"} for name in (*names, "total")])
+
+    colours = {}
+    for names in (("teacher_bias", "student_variance"), ("student_variance", "data_variance", "teacher_bias")):
+        (axes,) = term_bars(terms(*names), "by").axes
+        bars = {
+            container.get_label(): container
+            for container in axes.containers
+            if container.get_label() in {n.replace("_", " ") for n in names}
+        }
+        for name, bar in bars.items():
+            colours.setdefault(name, set()).add(bar.patches[0].get_facecolor())
+        segments = [segment for lines in axes.collections for segment in lines.get_segments()]
+        assert len({float(segment[0, 0]) for segment in segments}) == len(names) == len(bars)
+        np.testing.assert_allclose([segment[:, 1] - at for at, segment in enumerate(segments)], [[0.5, 2.0]] * len(names))
+    assert {name: len(found) for name, found in colours.items()} == {"teacher bias": 1, "student variance": 1, "data variance": 1}
+    assert len(set.union(*colours.values())) == 3
 
 
 def test_another_metric_has_its_own_rows_and_a_linear_axis() -> None:

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from sferd_lab import experiment, make_settings, metrics
+from sferd_lab import experiment, make_settings, metrics, report
 from sferd_lab.artifacts import shipped_folder
 from sferd_lab.config import Settings
 from sferd_lab.errors import SferdError
@@ -85,6 +85,30 @@ def test_the_report_has_a_line_for_every_set_of_samples(finished: Run) -> None:
     assert effect.loc[("pd", 1), "+guidance / plain"] == pytest.approx(effect.loc[("pd", 1), "+guidance"] / effect.loc[("pd", 1), "plain"])
     verdicts = known_bad_verdicts(finished).set_index("samples")
     assert bool(verdicts.loc["copies of training images", "ranks below the teacher"])
+
+
+def test_without_plain_students_there_are_scores_and_no_ratios(finished: Run) -> None:
+    table = finished.table().query("guidance or method == 'teacher'")
+    assert list(effects(table)) == ["+guidance", "+guidance+sgp"]
+    assert ratios(table).empty
+
+
+def test_two_runs_of_one_seed_are_not_averaged(finished: Run) -> None:
+    table = finished.table()
+    with pytest.raises(SferdError, match=r"two numbers of 'pd plain 1' \(fd\); allowed: one a seed"):
+        ratios(pd.concat([table, table]))
+
+
+def test_a_summary_keeps_samplers_apart() -> None:
+    rows = {Row("teacher", sampler=sampler, steps=4): value for sampler, value in {"ddim": 2.0, "heun": 1.0}.items()}
+    table = pd.DataFrame([{**asdict(row), "seed": 1, "metric": "fd", "value": value, "floor": 0.5} for row, value in rows.items()])
+    assert summary(table)["fd"].to_dict() == {"floor: real images": 0.5, "teacher, 4 steps": 2.0, "teacher, Heun, 4 steps": 1.0}
+
+
+def test_a_table_of_something_else_is_refused_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.csv").write_text("a,b\n1,2\n")
+    assert report.main([str(tmp_path)]) == 2
+    assert "metrics.csv has no column 'method'; expected method, guidance" in capsys.readouterr().err
 
 
 def test_ratios_are_geometric_means_with_a_t_interval(finished: Run) -> None:
@@ -181,7 +205,7 @@ def test_the_headline_has_means_and_spreads_over_seeds(digits: pd.DataFrame) -> 
 
 def test_training_costs_are_those_of_every_stage_on_the_way() -> None:
     names = ["teacher", "pd-4", "pd-2", "pd-1", "pd-guided-4", "pd-guided-1", "cd", "cd-guided", "teacher-sgp", "pd-sgp-2", "pd-sgp-1"]
-    names += ["cd-sgp", "cd-guided-1-sgp"]
+    names += ["cd-sgp", "cd-guided-1-sgp", "cd-guided-1-sgp-latent"]
     stages = pd.DataFrame({"stage": names, "tflop": [2.0**power for power in range(len(names))]})
 
     def cost(*wanted: str) -> float:
@@ -196,7 +220,8 @@ def test_training_costs_are_those_of_every_stage_on_the_way() -> None:
         Row("pd", sgp="conditional", z="prior", steps=1): ("teacher-sgp", "pd-sgp-2", "pd-sgp-1"),
         Row("cd", steps=2): ("cd",),
         Row("cd", sgp="conditional", z="prior", steps=1): ("teacher-sgp", "cd-sgp"),
-        Row("cd", True, sgp="walk", z="prior", steps=1): ("cd-guided", "cd-guided-1-sgp"),
+        Row("cd", True, sgp="walk", z="prior", steps=1): ("cd-guided", "cd-guided-1-sgp", "cd-guided-1-sgp-latent"),
+        Row("cd", True, sgp="walk", z="encoder", steps=1): ("cd-guided", "cd-guided-1-sgp"),
     }.items():
         assert training_tflop(stages, row) == cost(*wanted), row
 

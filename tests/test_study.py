@@ -190,6 +190,11 @@ def test_detail_is_the_students_fine_power_over_its_teachers(results: Path, mech
     assert detail[2] == pytest.approx(powers[0] / powers[1], rel=1e-4)
 
 
+def test_one_seed_that_is_no_list_is_refused_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert study.main(["mechanism", "runs", "small", "seeds=1"]) == 2
+    assert "seeds = 1; allowed: a list, such as [1,2,3]" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("seeds", [(), (1,), (1, 1)])
 def test_a_mechanism_needs_two_different_seeds(tmp_path: Path, seeds: tuple[int, ...]) -> None:
     with pytest.raises(SferdError, match="allowed: two or more, each once"):

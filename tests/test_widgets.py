@@ -118,7 +118,7 @@ def test_the_students_explorer_compares_with_its_first(shown: list[object], monk
     noise, picture = widgets.students_explorer({"one": (student, 1), "same": (student, 1), "pair": (pair, 1)}, count=3).children
     before = picture.value
     noise.value = 7
-    words = re.search(r"noise 7: from one differ, root mean square, same by (\d\.\d\d), pair by (\d\.\d\d)\.", picture.value)
+    words = re.search(r"noise 7, root mean square distance to the first row: same (\d\.\d\d); pair (\d\.\d\d)\.", picture.value)
     wanted = (pair.sample(3, 1, seed=7) - student.sample(3, 1, seed=7)).square().mean().sqrt().item()
     assert words[1] == "0.00"
     assert float(words[2]) == pytest.approx(wanted, abs=0.006)

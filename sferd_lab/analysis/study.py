@@ -36,6 +36,7 @@ from sferd_lab.config import Settings, parse_literals
 from sferd_lab.data import load_images
 from sferd_lab.denoiser import Denoiser, FiniteSetDenoiser
 from sferd_lab.diffusion import HALF_PI, add_noise
+from sferd_lab.distill import halving_schedule
 from sferd_lab.errors import SferdError, command
 from sferd_lab.experiment import provenance
 from sferd_lab.files import read_json, read_record, replacing, write_json
@@ -164,7 +165,8 @@ def bias_variance_study(folder: Path | str, name: str, n: int = 200, seed: int =
     ideal = FiniteSetDenoiser(data.train.images)
     methods: list[tuple[str, int | None, tuple[float, ...]]] = [("teacher", None, LEVELS)]
     methods += [("cd", None, LEVELS)] if "cd" in settings.methods else []
-    methods += [("pd", steps, (1.0,)) for steps in (4, 2, 1)] if "pd" in settings.methods else []
+    few = [steps for steps in halving_schedule(settings.pd_start_steps) if steps <= 4]
+    methods += [("pd", steps, (1.0,)) for steps in few] if "pd" in settings.methods else []
     parts, maps = [], []
     for images_of, split in (("held-out", data.reference), ("training", data.train)):
         images = split.images[:n]
@@ -211,6 +213,8 @@ def mechanism_study(runs: Path | str, name: str, seeds: Sequence[int], n: int = 
     The first three are given over the "image" and over its pixels "inside" and "outside" of the guidance's mask: where the teacher, shown
     its own endpoint with noise at t = 1/2, attends to more than the threshold. ``se`` is the jackknife's over seeds, of bias and variance.
     """
+    if not isinstance(seeds, (list, tuple)):
+        raise SferdError(f"seeds = {seeds}; allowed: a list, such as [1,2,3]")
     if len(set(seeds)) < 2 or len(set(seeds)) < len(seeds):
         raise SferdError(f"seeds = {list(seeds)}; allowed: two or more, each once, since a variance needs two")
     folders = [Path(runs) / f"{name}-seed{number}" for number in seeds]
