@@ -64,6 +64,8 @@ MOST_RUNS = 10_000  # twenty lines of a grid make more than there is time for
 LOCK = ".lock"
 KERNEL_START = 600  # seconds that a run's kernel may take to start: on a loaded machine papermill's 60 are not enough
 
+_stopping = threading.Event()  # this process is being ended by ``_stop``
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -248,6 +250,8 @@ def _execute() -> None:
             _execute_notebook(job, folder)
         except Exception:
             traceback.print_exc()
+            if _stopping.is_set():
+                threading.Event().wait()  # ``_stop`` has the last word
             sys.exit(1)
         timer.cancel()
         seconds, host = time.perf_counter() - started, platform.node()
@@ -275,13 +279,14 @@ def _stop(reason: str) -> None:
     """End this process and its kernel, which must be gone before the lock is."""
     import psutil
 
-    sys.stderr.write(f"{reason}\n")
-    sys.stderr.flush()
+    _stopping.set()
     children = psutil.Process().children(recursive=True)
     for child in children:
         with suppress(psutil.NoSuchProcess):
             child.kill()
     psutil.wait_procs(children, timeout=10)
+    sys.stderr.write(f"{reason}\n")  # after whatever the main thread has to say of a kernel that is gone
+    sys.stderr.flush()
     os._exit(1)
 
 

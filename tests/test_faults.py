@@ -74,7 +74,7 @@ def tally(tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.Series, str]:
     table.write_text("part,case,outcome,count\nfuzz,IDX file,SferdError,7\nfaults,teacher training,an old row,3\n")
     cases = ["teacher training", "PD stages and their scores", "SGP training and its prior", "checkpoint write"]
     command = [sys.executable, str(ROOT / "tests" / "faults" / "run.py"), "kills=2", f"table={table}", *cases]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
     return pd.read_csv(table).set_index(["part", "case", "outcome"])["count"], f"status {done.returncode}: {done.stdout}{done.stderr}"
 
 
@@ -257,7 +257,9 @@ def test_an_interrupted_cell_goes_on_when_it_is_run_again(tmp_path: Path, monkey
         checkpoint = tmp_path / "run" / "checkpoints" / "teacher.safetensors"
         cell = CELL.format(folder=str(tmp_path / "run"), steps=120)
         message = client.execute(cell)
+        deadline = time.monotonic() + 300
         while not checkpoint.exists():
+            assert time.monotonic() < deadline, "no checkpoint"
             time.sleep(0.005)
         manager.interrupt_kernel()
         while (reply := client.get_shell_msg(timeout=300))["parent_header"]["msg_id"] != message:

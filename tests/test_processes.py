@@ -41,7 +41,7 @@ def run(count: int, *command: str) -> str:
         [sys.executable, *several, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
         try:
-            out, errors = process.communicate(timeout=300)
+            out, errors = process.communicate(timeout=900)
         except subprocess.TimeoutExpired:
             for child in psutil.Process(process.pid).children(recursive=True):  # which would outlive the launcher
                 child.kill()
@@ -124,7 +124,10 @@ def test_the_table_has_the_same_rows_and_each_once(experiments: dict[int, Path])
     assert (both["_merge"] == "both").all()
     timed = both["metric"] == "sampling_ms_per_image"
     # The rounding of the weights shows in the scores: by 4e-7 of them where this was written.
-    assert both.loc[~timed, "value_two"].to_numpy() == pytest.approx(both.loc[~timed, "value"].to_numpy(), rel=1e-4, abs=1e-6)
+    counted = both["metric"].isin(["precision", "recall", "density", "coverage"])  # of neighbours among 80 samples: two may tip over
+    assert both.loc[counted, "value_two"].to_numpy() == pytest.approx(both.loc[counted, "value"].to_numpy(), abs=2 / 80)
+    rest = ~timed & ~counted
+    assert both.loc[rest, "value_two"].to_numpy() == pytest.approx(both.loc[rest, "value"].to_numpy(), rel=1e-4, abs=1e-6)
     assert (both["n"] == both["n_two"]).all()
 
 

@@ -82,9 +82,9 @@ def test_the_guidance_explorer_says_what_guidance_changes(shown: list[object], m
     for end in (threshold.min, threshold.max):  # no end of the slider is an error
         threshold.value = end
         assert f"threshold {end:.2f}" in picture.value
-    started = time.perf_counter()
+    started = time.process_time()
     weight.value = 1.5
-    assert time.perf_counter() - started < 5  # half a second on quiet cores
+    assert time.process_time() - started < 2  # half a second at most was seen
 
 
 def test_the_code_explorer_walks_from_one_image_to_the_other(shown: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
