@@ -161,7 +161,6 @@ def metric_versus_cost(table: pd.DataFrame, metric: str, label: str) -> Figure:
         line = line.sort_values("sampling_mflops_per_image")
         name = method + " + guidance" * guided + " + SGP" * bool(sgp)
         style = {"color": PALETTE[methods.index(method)], "ms": 10 if sgp else 6, "mfc": "none" if guided else None}
-        style["mec"] = "white" if sgp and not guided else None  # so that stars of one cost can be told apart
         marker = ("*" if sgp else "o") + ("--" if guided else "-")
         axes.plot(line["sampling_mflops_per_image"], line[metric], marker, label=name, **style)
     axes.set_xscale("log")

@@ -134,6 +134,8 @@ def fashion(method: str) -> list[Line]:
         Line(f"{upper} + guidance, the paper's form (x0)", guided, f"{name}-guidance-x0"),
         *(Line(f"the same, mask: {mask}", guided, f"{name}-mask-x0", f"{name}-mask-x0-{mask}") for mask in MASKS),
         Line(f"{upper} + guidance, the code's form (eps)", guided, name),
+        Line(f"{upper} + SGP, the paper's order (walk target, latent diffusion)", with_sgp(method, target="walk"), f"{name}-paper"),
+        Line(f"SFERD-{upper}: both, the paper's order and guidance (x0)", with_sgp(method, True, target="walk"), f"{name}-paper"),
         Line(f"{upper} + SGP, preset (mixture prior)", with_sgp(method), name),
         Line("the same, codes of real images", with_sgp(method, z="encoder"), name),
         Line("the same, kernel prior", with_sgp(method), f"{name}-kernel"),
@@ -196,8 +198,8 @@ def every_line(folder: str, of_method: Callable[[str], list[Line]], more: list[L
 def headline() -> str:
     """What a reader wants first: both data sets, the paper's recipe and the improved one beside plain students, teacher and floor."""
     own, far = "digits-controls", "fashion16-improved"
-    far_both, far_guided = f"{far}-x0", "fashion16-guidance-x0"
-    told: list[tuple[str, Line, Line | None]] = []
+    far_both, far_guided, far_in_order = f"{far}-x0", "fashion16-guidance-x0", "fashion16-paper"
+    told: list[tuple[str, Line, Line]] = []
     for method in PLAIN:
         upper, plain, both = method.upper(), PLAIN[method], with_sgp(method, True)
         told += [
@@ -207,8 +209,16 @@ def headline() -> str:
                 Line("", replace(plain, guidance=True), own, "guidance-x0"),
                 Line("", replace(plain, guidance=True), far_guided),
             ),
-            (f"{upper} + SGP, the paper's order", Line("", with_sgp(method, target="walk"), own, "paper"), None),
-            (f"SFERD-{upper}: both, the paper's order", Line("", replace(both, sgp="walk"), own, f"paper-{FORM[method]}"), None),
+            (
+                f"{upper} + SGP, the paper's order",
+                Line("", with_sgp(method, target="walk"), own, "paper"),
+                Line("", with_sgp(method, target="walk"), far_in_order),
+            ),
+            (
+                f"SFERD-{upper}: both, the paper's order",
+                Line("", replace(both, sgp="walk"), own, f"paper-{FORM[method]}"),
+                Line("", replace(both, sgp="walk"), far_in_order),
+            ),
             (f"{upper} + SGP, improved", Line("", with_sgp(method), own, "improved"), Line("", with_sgp(method), far)),
             (f"SFERD-{upper}: both, improved", Line("", both, own, f"improved-{FORM[method]}"), Line("", both, far_both)),
         ]
@@ -221,7 +231,7 @@ def headline() -> str:
     for name, *pair in [("teacher, as few steps", *teachers), *told]:
         cells = [name]
         for folder, line in zip(sets, pair, strict=True):
-            if line is None or line.scores(1).empty:
+            if line.scores(1).empty:
                 cells += [""] * 5
                 continue
             plain = PLAIN.get(line.row.method)
@@ -284,8 +294,8 @@ def compared_lines() -> dict[str, tuple[Line, Line | None]]:
         "mixture": line(sgp, "chain", "improved-mixture"),
         "blind": line(sgp, "blind"),
         "both": line(both, "improved-x0", "improved-x0"),
-        "in order": line(replace(sgp, sgp="walk"), "paper"),
-        "both in order": line(replace(both, sgp="walk"), "paper-x0"),
+        "in order": line(replace(sgp, sgp="walk"), "paper", "paper"),
+        "both in order": line(replace(both, sgp="walk"), "paper-x0", "paper"),
         "guided, CD": line(guided_cd, "guidance-x0", "guidance-x0"),
         "pair, CD": line(with_sgp("cd"), "improved", "improved"),
         "both, CD": line(with_sgp("cd", True), "improved-x0-cd", "improved-x0"),

@@ -67,6 +67,7 @@ def weighted(form: str, weight: float, threshold: float = 1.0) -> str:
 
 CONTROLS, FASHION, KERNEL = "digits-controls/metrics.csv", "fashion16/metrics.csv", "fashion16-kernel/metrics.csv"
 ERROR, MECHANISM, PARTS = "reconstruction_mse", "mechanism/digits.csv", ("term", "where", "seed")
+ORDER, ONE_CODE = "fashion16-paper/metrics.csv", "method == 'pd' and steps == 1"
 MASKS, GARMENTS = "fashion16-mask-x0/metrics.csv", "mechanism/fashion16.csv"
 CLAIMS = [
     Claim("10_controls", "157e00e4", f"{GUIDED1} and {study('mask-inverse')}", PD1, CONTROLS, "digits/metrics.csv"),
@@ -150,6 +151,9 @@ CLAIMS = [
         "11_evidence", "c3e07a55", f"{GUIDED1} and {study('fashion16-mask-x0-full')}", GUIDED1, MASKS, "fashion16-guidance-x0/metrics.csv"
     ),
     Claim("11_evidence", "c3e07a55", f"{GUIDED1} and {study('fashion16-mask-x0-random')}", PD1, MASKS, FASHION),
+    Claim("11_evidence", "c3e07a5b", f"not guidance and z == 'prior' and {ONE_CODE}", GUIDED1, ORDER, "fashion16-guidance-x0/metrics.csv"),
+    Claim("11_evidence", "c3e07a5b", f"guidance and z == 'prior' and {ONE_CODE}", PD1, ORDER, FASHION),
+    Claim("11_evidence", "c3e07a5b", f"guidance and z == 'mean' and {ONE_CODE}", PD1, ORDER, FASHION),
     Claim("11_evidence", "c3e07a57", "model == 'pd-guided-sgp-1'", "model == 'pd-guided-1'", GARMENTS, by=PARTS),
     Claim("11_evidence", "c3e07a57", "model == 'pd-guided-1'", "model == 'pd-1'", GARMENTS, by=PARTS),
     Claim("11_evidence", "c3e07a57", "where == 'inside'", "where == 'outside'", GARMENTS, by=("term", "model", "seed")),
