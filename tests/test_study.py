@@ -190,6 +190,17 @@ def test_detail_is_the_students_fine_power_over_its_teachers(results: Path, mech
     assert detail[2] == pytest.approx(powers[0] / powers[1], rel=1e-4)
 
 
+def test_a_shorter_chain_without_consistency_students_is_decomposed_as_far_as_it_goes(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SFERD_LAB_TINY", "1")
+    monkeypatch.setattr(study, "shipped_folder", lambda: results)
+    train_members("digits", tmp_path / "short", teachers=2, students=2, methods=("pd",), pd_start_steps=4, pd_stage_steps=(1, 1))
+    bias_variance_study(tmp_path / "short", "short", n=2)
+    table = pd.read_csv(results / "results" / "bias-variance" / "short.csv")
+    assert set(zip(table["method"], table["steps"], strict=True)) == {("teacher", 1), ("pd", 2), ("pd", 1)}
+
+
 def test_one_seed_that_is_no_list_is_refused_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert study.main(["mechanism", "runs", "small", "seeds=1"]) == 2
     assert "seeds = 1; allowed: a list, such as [1,2,3]" in capsys.readouterr().err

@@ -306,6 +306,33 @@ def test_a_kernel_has_minutes_to_start(small: Path, monkeypatch: pytest.MonkeyPa
     assert given["start_timeout"] >= 600
 
 
+STOPPED = """
+import sys, time
+import psutil
+from sferd_lab import sweep
+
+def dies(job, folder):
+    sweep._stopping.wait()
+    raise RuntimeError("the kernel died")
+
+def slowly(*_, **__):
+    time.sleep(1)
+    sys.stderr.write("what libraries have to say of it\\n")
+
+sweep._execute_notebook, psutil.wait_procs = dies, slowly
+sweep._execute()
+"""
+
+
+def test_a_run_that_is_stopped_ends_its_log_with_the_reason(tmp_path: Path) -> None:
+    job = {"folder": str(tmp_path), "time_limit": 0.1, "attempt": 1, "what": {}}
+    with subprocess.Popen([sys.executable, "-c", STOPPED], stdin=subprocess.PIPE, text=True) as process:
+        process.stdin.write(json.dumps(job) + "\n")
+        process.stdin.flush()
+        assert process.wait(PATIENCE) == 1
+    assert (tmp_path / "run.log").read_text().splitlines()[-1] == "not finished after 0.1 s, the time_limit"
+
+
 def test_the_table_has_every_row_of_the_runs_that_are_done(mixed: Mixed) -> None:
     table = pd.read_csv(mixed.folder / "table.csv")
     assert list(table.columns) == ["run", "text", "metric", "value"]
@@ -417,7 +444,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             for _ in range(2)
         ]
         try:
-            wait_until(lambda: (place / "log").read_text().count("Registered to") >= 2)
+            wait_until(lambda: (place / "log").read_text().count("Registered to") == 2)
             yield Cluster(read_json(file)["address"], workers)
         finally:
             for process in (*workers, scheduler):

@@ -171,7 +171,7 @@ def bias_variance_study(folder: Path | str, name: str, n: int = 200, seed: int =
     for images_of, split in (("held-out", data.reference), ("training", data.train)):
         images = split.images[:n]
         for method, steps, levels in methods:
-            teachers, students = load_members(folder, "cd" if method == "teacher" else method, steps or 1)
+            teachers, students = load_members(folder, settings.methods[0] if method == "teacher" else method, steps or 1)
             for level in levels:
                 x, phi = noised(images, level, seed), level * HALF_PI
                 walk = None if method == "teacher" else TEACHER_STEPS
