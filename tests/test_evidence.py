@@ -110,6 +110,8 @@ CLAIMS = [
     Claim("10_controls", "cca27088", "where == 'inside'", "where == 'outside'", MECHANISM, by=("term", "model", "seed")),
     Claim("11_evidence", "evidence-05", "method == 'blurred real'", f"{TEACHER} and steps == 64"),
     Claim("11_evidence", "evidence-05", "method == 'copies of training images'", f"{TEACHER} and steps == 64", FASHION),
+    Claim("11_evidence", "evidence-08", f"{TEACHER} and steps == 8", f"{TEACHER} and steps == 4"),
+    Claim("11_evidence", "evidence-08", f"{TEACHER} and steps == 16", f"{TEACHER} and steps == 8 and sampler == 'ddim'", FASHION),
     Claim("11_evidence", "b1a40006", pair(more=study("improved")), PD1, CONTROLS, "digits/metrics.csv"),
     Claim("11_evidence", "b1a40006", GUIDED1, pair()),
     Claim("11_evidence", "b1a40006", f"{GUIDED1} and {study('guidance-x0')}", PD1, CONTROLS, "digits/metrics.csv"),
