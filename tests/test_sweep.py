@@ -459,17 +459,27 @@ def started(run: Path) -> int | None:
 
 
 def test_two_sweeps_at_once_run_nothing_twice(cluster: Cluster, tmp_path: Path) -> None:
-    sweep = Sweep({"text": ["a"]}, notebook=make_notebook(tmp_path / "notebook.ipynb", NOTE, WAIT, FINISH))
+    notebook = make_notebook(tmp_path / "notebook.ipynb", NOTE, WAIT, FINISH)
+    (tmp_path / "sweep.yaml").write_text(f"notebook: {notebook}\ngrid: {{text: [a]}}\n")
     folder = tmp_path / "out"
-    with ThreadPoolExecutor(2) as pool:
-        calls = [pool.submit(run_sweep, sweep, folder, scheduler=cluster.address, progress=False) for _ in range(2)]
-        wait_until(lambda: (cluster.busy() == 2 and started(folder / "text=a")) or any(call.done() for call in calls))
-        assert [call.exception() for call in calls if call.done()] == []
-        time.sleep(3)  # the other has begun too, as far as it may
-        (folder / "go").touch()
-        tables = [call.result() for call in calls]
+    # Two processes, as two users are: Dask does not promise that two threads of one process may each have a client.
+    command = [sys.executable, "-m", "sferd_lab.sweep", "sweep.yaml", "out", f"scheduler={cluster.address}"]
+    start = partial(subprocess.Popen, command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with start() as one, start() as two:
+        sweeps = [one, two]
+        try:
+            wait_until(lambda: (cluster.busy() == 2 and started(folder / "text=a")) or any(sweep.poll() is not None for sweep in sweeps))
+            assert [sweep.communicate()[0] for sweep in sweeps if sweep.poll() is not None] == []
+            time.sleep(3)  # the other has begun too, as far as it may
+            (folder / "go").touch()
+            for sweep in sweeps:
+                said, _ = sweep.communicate(timeout=PATIENCE)
+                assert (sweep.returncode, "done" in said) == (0, True), said
+        finally:
+            for sweep in sweeps:
+                sweep.kill()
     assert notes(folder / "text=a") == ["started", "completed"]
-    assert all(table["state"].tolist() == ["done"] for table in tables)
+    assert pd.read_csv(folder / "runs.csv")["state"].tolist() == ["done"]
 
 
 def test_a_run_whose_worker_dies_is_done_by_another_and_every_run_completes_once(cluster: Cluster, tmp_path: Path) -> None:
