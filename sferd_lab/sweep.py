@@ -31,6 +31,7 @@ import math
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -307,6 +308,8 @@ def _work(job: Mapping[str, Any], retries: int, environment: Mapping[str, str]) 
             process.wait()
         result["seconds"] = round(time.perf_counter() - started, 2)
         result["error"] = _last_words(Path(job["folder"]), process.returncode)
+        if process.returncode == -signal.SIGINT:
+            break  # Ctrl-C reaches the runs too, and a run may feel it before its worker has gone
     return result
 
 

@@ -503,6 +503,14 @@ def test_a_run_whose_worker_dies_is_done_by_another_and_every_run_completes_once
     assert pd.read_csv(folder / "table.csv")["run"].tolist() == ["text=a"] * 2 + ["text=b"] * 2
 
 
+def test_a_run_that_is_interrupted_is_not_tried_again(cluster: Cluster, tmp_path: Path) -> None:
+    interrupt = "import os, signal, time\nos.kill(os.getppid(), signal.SIGINT)\ntime.sleep(60)"
+    sweep = Sweep({"text": ["a"]}, notebook=make_notebook(tmp_path / "notebook.ipynb", NOTE, interrupt))
+    runs = run_sweep(sweep, tmp_path / "out", scheduler=cluster.address, retries=1, progress=False)
+    assert runs[["state", "attempts", "error"]].to_numpy().tolist() == [["failed", 1, "ended by signal 2"]]
+    assert notes(tmp_path / "out" / "text=a") == ["started"]
+
+
 def test_a_run_over_its_time_limit_is_ended_with_its_kernel(cluster: Cluster, tmp_path: Path) -> None:
     sweep = Sweep({"text": ["a"]}, notebook=make_notebook(tmp_path / "notebook.ipynb", NOTE, WAIT))
     # Less than a kernel may take to start, which is then ended before it has.
