@@ -10,7 +10,7 @@ BIN := .venv/bin
 # name=value pairs on the command line are the notebook's parameters: make experiment seed=2 retrain=true
 parameters = $(foreach pair,$(filter-out PYTHON=% run_folder=% file=%,$(MAKEOVERRIDES)),-p $(word 1,$(subst =, ,$(pair))) '$(word 2,$(subst =, ,$(pair)))')
 
-.PHONY: experiment plan test test-notebooks test-browser chromium lint docs mutants reliability benchmark shipped results clean
+.PHONY: experiment plan test test-notebooks test-slow test-browser chromium lint docs mutants reliability benchmark shipped results clean
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; try: make PYTHON=python3.11 ..."; exit 1; }
@@ -40,6 +40,10 @@ test: .venv/ready lint
 test-notebooks: .venv/ready
 	folder=$$(mktemp -d) && OMP_NUM_THREADS=1 SFERD_LAB_TINY=1 SFERD_LAB_WIDGETS=0 SFERD_LAB_RUNS=$$folder $(BIN)/python -m pytest \
 		-n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-kernel-startup-timeout 600 --nbval-cell-timeout 300 notebooks; status=$$?; rm -rf $$folder; exit $$status
+
+# The longest notebooks with another seed than their own: about 5 minutes, before one of them or what it runs is changed for good.
+test-slow: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow tests
 
 # The notebooks in a real JupyterLab in a browser, by keyboard; some of them: make test-browser only="first or 01_".
 # Another browser: make test-browser CHROMIUM=/path/to/the/program

@@ -17,9 +17,13 @@ OTHER: dict[str, dict[str, Any]] = {
     "11_evidence": {"judge": "kid"},
     "experiment": {"seed": 2, "guidance_form": "x0", "methods": ["cd"], "prior": "diffusion", "sgp_target": "data"},
 }
+# Those that train for half a minute or more have a command of their own: make test-slow.
+SLOW = ("02_a_teacher", "03_samplers", "04_bias_variance", "05_progressive_distillation", "06_consistency_distillation", "12_your_own")
+assert set(SLOW) <= {path.stem for path in NOTEBOOKS}
+CASES = [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in SLOW else []) for path in NOTEBOOKS]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
+@pytest.mark.parametrize("path", CASES)
 def test_it_runs_with_other_parameters(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SFERD_LAB_TINY", "1")
     monkeypatch.setenv("SFERD_LAB_WIDGETS", "0")
