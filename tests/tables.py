@@ -152,12 +152,32 @@ def fashion(method: str) -> list[Line]:
     return [line for line in lines if len(line.scores(1))]
 
 
+def of_one_study(folder: str) -> Callable[[str], list[Line]]:
+    """Every line of a data set whose rows are all of one study, by the improved recipe, for one method of distillation."""
+
+    def lines(method: str) -> list[Line]:
+        upper, guided = method.upper(), replace(PLAIN[method], guidance=True)
+        told = [
+            Line(upper, PLAIN[method], folder),
+            Line(f"{upper} + guidance, the paper's form (x0)", guided, folder),
+            Line(f"{upper} + SGP, improved (kernel prior)", with_sgp(method), folder),
+            Line("the same, codes of real images", with_sgp(method, z="encoder"), folder),
+            Line(f"SFERD-{upper}: both, improved, guidance x0", with_sgp(method, True), folder),
+            Line("the same, codes of real images", with_sgp(method, True, z="encoder"), folder),
+        ]
+        return [line for line in told if len(line.scores(1))]
+
+    return lines
+
+
+TOLD = Row("teacher", sgp="conditional", z="prior", sampler="ddim")
+
+
 def undistilled() -> list[Line]:
-    told = Row("teacher", sgp="conditional", z="prior", sampler="ddim")
     return [
-        Line("z-conditional teacher, preset, mixture prior", told, "fashion16"),
-        Line("z-conditional teacher, improved, kernel prior", told, "fashion16-improved"),
-        Line("the same with guidance x0", replace(told, guidance=True), "fashion16-improved-x0"),
+        Line("z-conditional teacher, preset, mixture prior", TOLD, "fashion16"),
+        Line("z-conditional teacher, improved, kernel prior", TOLD, "fashion16-improved"),
+        Line("the same with guidance x0", replace(TOLD, guidance=True), "fashion16-improved-x0"),
     ]
 
 
@@ -323,6 +343,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "comparisons": comparisons,
     "digits": lambda: every_line("digits", digits, []),
     "fashion16": lambda: every_line("fashion16", fashion, undistilled()),
+    "patches": lambda: every_line("patches", of_one_study("patches"), [Line("z-conditional teacher, kernel prior", TOLD, "patches")]),
 }
 
 
