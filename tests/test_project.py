@@ -10,6 +10,7 @@ import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import licences
 import nbformat
@@ -22,12 +23,13 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from sferd_lab.artifacts import load_model, shipped_folder
-from sferd_lab.config import Settings, make_settings
+from sferd_lab.config import Settings, make_settings, read_parameters
 from sferd_lab.data import load_images
 from sferd_lab.files import load_tensors, sha256
 from sferd_lab.metrics import extract, load_feature_network
 
 ROOT = Path(__file__).parent.parent
+STUDIES = ROOT / "data" / "studies"
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PINS = {canonicalize_name(line.split("==")[0]): line.split("==")[1] for line in (ROOT / "constraints.txt").read_text().split() if line}
 
@@ -147,11 +149,19 @@ def test_papermill_stops_at_an_unknown_or_impossible_parameter(tmp_path: Path) -
         assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["digits", "fashion-mnist-16"])
-def test_shipped_files_are_what_their_record_says(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("digits", {}),
+        ("fashion-mnist-16", {"preset": "fashion16"}),
+        ("patches-16", read_parameters(STUDIES / "patches" / "improved-x0.yaml")),
+    ],
+)
+def test_shipped_files_are_what_their_record_says(name: str, parameters: dict[str, Any]) -> None:
     folder = shipped_folder() / name
     made = json.loads((folder / "made.json").read_text())
-    students = json.loads((folder / "students.json").read_text())
+    file = folder / "students.json"
+    students = json.loads(file.read_text()) if file.exists() else {"sha256": {}}
     named = {*made["sha256"], *students["sha256"], *(f"{name}-prior" for name in students["sha256"])}
     assert {file.stem for file in folder.glob("*.safetensors")} <= named | {"second-features"}
     for part, digest in (made["sha256"] | students["sha256"]).items():
@@ -160,10 +170,10 @@ def test_shipped_files_are_what_their_record_says(name: str) -> None:
     settings = made["settings"]
     assert list(teacher.network.shape.widths) == settings["widths"]
     assert (info["data"], info["seed"]) == (name, settings["seed"])
-    now = make_settings(settings["preset"]).model_dump(mode="json")
+    now = make_settings(**parameters).model_dump(mode="json")
     of_the_teacher = ["data", "image_size", "widths", "blocks", "attention", "heads", "batch_size", "class_conditional", "seed"]
     for field in of_the_teacher + [field for field in now if field.startswith("teacher_") and "sampl" not in field]:
-        assert now[field] == settings.get(field), f"the preset's {field} has changed since the teacher was shipped"
+        assert now[field] == settings.get(field), f"{field} has changed since the teacher was shipped"
     assert all(file.stat().st_size < 4 * 2**20 for file in folder.iterdir())
 
 
