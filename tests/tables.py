@@ -196,7 +196,7 @@ def every_line(folder: str, of_method: Callable[[str], list[Line]], more: list[L
     columns += ["1 step, second network", "gap closed, 1 step", "1000 KID", "recall", "neighbour ratio", "MFLOP an image"]
     own = ("digits-controls", "teacher") if folder == "digits" else (folder,)  # which has a study of its own, with more step counts
     samplers = {"DDIM": TEACHER, "Heun": replace(TEACHER, sampler="heun")}
-    teachers = [Line(f"teacher, {name}", row, *own) for name, row in samplers.items()]
+    teachers = [line for name, row in samplers.items() if len((line := Line(f"teacher, {name}", row, *own)).scores(1))]
     lines = [["real images", "", f"floor: {floor(folder)}", *[""] * 13]]
     for line in [*teachers, *of_method("pd"), *of_method("cd"), *more]:
         scores = [line.scores(steps) for steps in (1, 2, 4, 16, 64)]

@@ -164,6 +164,9 @@ CLAIMS = [
     Claim("11_evidence", "d5b1f5ae", PD1, pair(), "fashion16-long/metrics.csv", KERNEL),
     Claim("11_evidence", "d5b1f5ae", PD1, PD1, "fashion16-long/metrics.csv", FASHION),
     Claim("11_evidence", "evidence-recall-code", pair(), PD1, FASHION),
+    Claim("11_evidence", "patches-01", BOTH1, PD1, "patches/metrics.csv"),
+    Claim("11_evidence", "patches-01", BOTH1, f"{TEACHER} and steps == 64", "patches/metrics.csv"),
+    Claim("11_evidence", "patches-01", GUIDED1, BOTH1, "patches/metrics.csv"),
 ]
 
 
