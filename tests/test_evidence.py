@@ -167,6 +167,7 @@ CLAIMS = [
     Claim("11_evidence", "patches-01", BOTH1, PD1, "patches/metrics.csv"),
     Claim("11_evidence", "patches-01", BOTH1, f"{TEACHER} and steps == 64", "patches/metrics.csv"),
     Claim("11_evidence", "patches-01", GUIDED1, BOTH1, "patches/metrics.csv"),
+    Claim("11_evidence", "patches-01", pair(), PD1, "patches/metrics.csv"),
 ]
 
 
