@@ -180,9 +180,9 @@ def run_sweep(
 
     The state is "done" or "failed". ``workers`` processes on this machine share its cores, unless OMP_NUM_THREADS says how many each takes;
     with the address of a Dask ``scheduler`` its workers do the work instead. The current folder and variables SFERD_LAB_... go along. A run
-    that fails is tried ``retries`` times more, and the others go on; ``time_limit`` in seconds ends an attempt that takes longer. Attempts
-    are those of the call that ended the run, seconds those of the last attempt. Raises SferdError, before anything runs, for a folder that
-    holds other runs of the same names and for a scheduler that does not answer.
+    that fails, unless it was interrupted, is tried ``retries`` times more, and the others go on; ``time_limit`` in seconds ends an attempt
+    that takes longer. Attempts are those of the call that ended the run, seconds those of the last attempt. Raises SferdError, before
+    anything runs, for a folder that holds other runs of the same names and for a scheduler that does not answer.
     """
     for name, value, least in (("workers", workers, 1), ("retries", retries, 0)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:

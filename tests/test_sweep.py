@@ -462,7 +462,7 @@ def test_two_sweeps_at_once_run_nothing_twice(cluster: Cluster, tmp_path: Path) 
     notebook = make_notebook(tmp_path / "notebook.ipynb", NOTE, WAIT, FINISH)
     (tmp_path / "sweep.yaml").write_text(f"notebook: {notebook}\ngrid: {{text: [a]}}\n")
     folder = tmp_path / "out"
-    # Two processes, as two users are: Dask does not promise that two threads of one process may each have a client.
+    # Two processes, as two users are.
     command = [sys.executable, "-m", "sferd_lab.sweep", "sweep.yaml", "out", f"scheduler={cluster.address}"]
     start = partial(subprocess.Popen, command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     with start() as one, start() as two:
@@ -508,7 +508,10 @@ def test_a_run_that_is_interrupted_is_not_tried_again(cluster: Cluster, tmp_path
     sweep = Sweep({"text": ["a"]}, notebook=make_notebook(tmp_path / "notebook.ipynb", NOTE, interrupt))
     runs = run_sweep(sweep, tmp_path / "out", scheduler=cluster.address, retries=1, progress=False)
     assert runs[["state", "attempts", "error"]].to_numpy().tolist() == [["failed", 1, "ended by signal 2"]]
-    assert notes(tmp_path / "out" / "text=a") == ["started"]
+    run = tmp_path / "out" / "text=a"
+    assert notes(run) == ["started"]
+    kernel = started(run)
+    wait_until(lambda: not psutil.pid_exists(kernel) or has_ended(psutil.Process(kernel)))
 
 
 def test_a_run_over_its_time_limit_is_ended_with_its_kernel(cluster: Cluster, tmp_path: Path) -> None:
