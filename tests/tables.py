@@ -152,22 +152,18 @@ def fashion(method: str) -> list[Line]:
     return [line for line in lines if len(line.scores(1))]
 
 
-def of_one_study(folder: str) -> Callable[[str], list[Line]]:
-    """Every line of a data set whose rows are all of one study, by the improved recipe, for one method of distillation."""
-
-    def lines(method: str) -> list[Line]:
-        upper, guided = method.upper(), replace(PLAIN[method], guidance=True)
-        told = [
-            Line(upper, PLAIN[method], folder),
-            Line(f"{upper} + guidance, the paper's form (x0)", guided, folder),
-            Line(f"{upper} + SGP, improved (kernel prior)", with_sgp(method), folder),
-            Line("the same, codes of real images", with_sgp(method, z="encoder"), folder),
-            Line(f"SFERD-{upper}: both, improved, guidance x0", with_sgp(method, True), folder),
-            Line("the same, codes of real images", with_sgp(method, True, z="encoder"), folder),
-        ]
-        return [line for line in told if len(line.scores(1))]
-
-    return lines
+def patches(method: str) -> list[Line]:
+    """Every line of the colour patches for one method of distillation."""
+    upper, name, guided = method.upper(), "patches", replace(PLAIN[method], guidance=True)
+    lines = [
+        Line(upper, PLAIN[method], name),
+        Line(f"{upper} + guidance, the paper's form (x0)", guided, name),
+        Line(f"{upper} + SGP, improved (kernel prior)", with_sgp(method), name),
+        Line("the same, codes of real images", with_sgp(method, z="encoder"), name),
+        Line(f"SFERD-{upper}: both, improved, guidance x0", with_sgp(method, True), name),
+        Line("the same, codes of real images", with_sgp(method, True, z="encoder"), name),
+    ]
+    return [line for line in lines if len(line.scores(1))]
 
 
 TOLD = Row("teacher", sgp="conditional", z="prior", sampler="ddim")
@@ -343,7 +339,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "comparisons": comparisons,
     "digits": lambda: every_line("digits", digits, []),
     "fashion16": lambda: every_line("fashion16", fashion, undistilled()),
-    "patches": lambda: every_line("patches", of_one_study("patches"), [Line("z-conditional teacher, kernel prior", TOLD, "patches")]),
+    "patches": lambda: every_line("patches", patches, [Line("z-conditional teacher, kernel prior", TOLD, "patches")]),
 }
 
 

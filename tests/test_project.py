@@ -160,8 +160,8 @@ def test_papermill_stops_at_an_unknown_or_impossible_parameter(tmp_path: Path) -
 def test_shipped_files_are_what_their_record_says(name: str, parameters: dict[str, Any]) -> None:
     folder = shipped_folder() / name
     made = json.loads((folder / "made.json").read_text())
-    file = folder / "students.json"
-    students = json.loads(file.read_text()) if file.exists() else {"sha256": {}}
+    of_students = folder / "students.json"
+    students = json.loads(of_students.read_text()) if of_students.exists() else {"sha256": {}}
     named = {*made["sha256"], *students["sha256"], *(f"{name}-prior" for name in students["sha256"])}
     assert {file.stem for file in folder.glob("*.safetensors")} <= named | {"second-features"}
     for part, digest in (made["sha256"] | students["sha256"]).items():
