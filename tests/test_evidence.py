@@ -168,6 +168,9 @@ CLAIMS = [
     Claim("11_evidence", "patches-01", BOTH1, f"{TEACHER} and steps == 64", "patches/metrics.csv"),
     Claim("11_evidence", "patches-01", GUIDED1, BOTH1, "patches/metrics.csv"),
     Claim("11_evidence", "patches-01", pair(), PD1, "patches/metrics.csv"),
+    Claim("11_evidence", "patches-01", "method == 'teacher' and sgp != '' and steps == 1", PD1, "patches/metrics.csv"),
+    Claim("11_evidence", "patches-01", "method == 'blurred real'", f"{TEACHER} and steps == 64", "patches/metrics.csv"),
+    Claim("11_evidence", "patches-01", "method == 'copies of training images'", BOTH1.replace("prior", "encoder"), "patches/metrics.csv"),
 ]
 
 
