@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pandas as pd
@@ -152,9 +152,9 @@ def fashion(method: str) -> list[Line]:
     return [line for line in lines if len(line.scores(1))]
 
 
-def patches(method: str) -> list[Line]:
-    """Every line of the colour patches for one method of distillation."""
-    upper, name, guided = method.upper(), "patches", replace(PLAIN[method], guidance=True)
+def one_study(name: str, method: str) -> list[Line]:
+    """Every line of a data set whose students are all of one study, for one method of distillation."""
+    upper, guided = method.upper(), replace(PLAIN[method], guidance=True)
     lines = [
         Line(upper, PLAIN[method], name),
         Line(f"{upper} + guidance, the paper's form (x0)", guided, name),
@@ -339,7 +339,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "comparisons": comparisons,
     "digits": lambda: every_line("digits", digits, []),
     "fashion16": lambda: every_line("fashion16", fashion, undistilled()),
-    "patches": lambda: every_line("patches", patches, [Line("z-conditional teacher, kernel prior", TOLD, "patches")]),
+    "fashion28": lambda: every_line("fashion28", partial(one_study, "fashion28"), []),
+    "patches": lambda: every_line("patches", partial(one_study, "patches"), [Line("z-conditional teacher, kernel prior", TOLD, "patches")]),
 }
 
 
