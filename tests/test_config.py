@@ -11,7 +11,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from sferd_lab.config import PRESETS, TINY, Settings, make_settings, notebook_parameters, parse_literals, presets
+from sferd_lab.config import PRESETS, TINY, Settings, make_settings, notebook_parameters, parse_literals, presets, read_parameters
 from sferd_lab.data import SIZES
 from sferd_lab.errors import SferdError
 
@@ -34,6 +34,7 @@ def test_every_preset_makes_valid_settings_of_data_that_exist() -> None:
 
 
 STUDIES = sorted((Path(__file__).parent.parent / "data" / "studies").glob("*/*.yaml"))
+RESULTS = Path(__file__).parent.parent / "data" / "results"
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=[path.stem for path in STUDIES])
@@ -313,3 +314,24 @@ def test_lists_given_as_text_are_lists() -> None:
     assert (settings.widths, settings.methods, settings.guided, settings.run_folder) == ((16, 16), ("cd",), (False,), "runs/[a]")
     with pytest.raises(SferdError, match=re.escape("parameter 'widths' = '[16, x]': input should be a valid tuple")):
         make_settings(widths="[16, x]")
+
+
+# By folder of results: what its studies leave to the command line, and of some older runs what does not bear on the rows kept of them.
+BESIDE = {
+    "digits-controls": {"contrast", "guidance_form", "guidance_weight", "guidance_threshold"},
+    "fashion16-contrast": {"contrast"},
+    "fashion16": {"guided", "sgp", "sgp_distil_steps", "sgp_start_steps"},
+}
+
+
+def test_every_recorded_run_has_a_study_that_makes_it_again() -> None:
+    studies = [{"preset": "digits"}, *map(read_parameters, STUDIES)]
+    made_now = [make_settings(**study).model_dump(mode="json") | {"run_folder": None} for study in studies]
+    for record in sorted(RESULTS.glob("*/runs.json")):
+        for run, about in json.loads(record.read_text()).items():
+            then = {name: value for name, value in about["settings"].items() if name != "seed"}
+            others = [{name for name, value in then.items() if now.get(name, value) != value} for now in made_now]
+            beside = BESIDE.get(record.parent.name, set())
+            assert any(names <= beside for names in others), (
+                f"{record.parent.name}, {run}: no study has its settings but for {min(others, key=len)}"
+            )
