@@ -32,7 +32,7 @@ def test_a_changed_number_is_noticed_and_written_anew() -> None:
 def test_every_run_of_a_study_is_in_a_table() -> None:
     """Only what has no student is left out: guided teachers of the sweep, and the teacher's own study."""
     lines = [*tables.digits("pd"), *tables.digits("cd"), *tables.fashion("pd"), *tables.fashion("cd"), *tables.undistilled()]
-    lines += [line for name in ("fashion28", "patches") for line in tables.one_study(name, "pd")]
+    lines += [line for name in ("fashion28", "patches") for method in tables.PLAIN for line in tables.one_study(name, method)]
     told = {(line.folder, line.study) for line in lines}
     controls = tables.rows_of("digits-controls")["run"].str.replace(r"-seed\d+$", "", regex=True)
     studies = {study for study in controls if not study.startswith(("guidance-eps-", "guidance-x0-", "teacher"))}
