@@ -126,7 +126,8 @@ def fashion(method: str) -> list[Line]:
     upper, name, guided = method.upper(), "fashion16", replace(PLAIN[method], guidance=True)
     lines = [
         Line(upper, PLAIN[method], name),
-        Line(f"{upper}, 2.2 times the training", PLAIN[method], f"{name}-long"),
+        Line(f"{upper}, trained as long as the preset's pair", PLAIN[method], f"{name}-long"),
+        Line(f"{upper}, trained as long as SFERD-{upper}, improved", PLAIN[method], f"{name}-longest"),
         *(
             Line(f"{upper}, images {factor} times as far from black", PLAIN[method], f"{name}-contrast", f"contrast-{factor}")
             for factor in FACTORS
@@ -147,6 +148,7 @@ def fashion(method: str) -> list[Line]:
             for factor in FACTORS
         ),
         Line("the same, mixture prior", with_sgp(method), f"{name}-improved-mixture"),
+        Line("the same, told no code", with_sgp(method), f"{name}-blind"),
         Line(f"SFERD-{upper}: both, improved, guidance x0", with_sgp(method, True), f"{name}-improved-x0"),
     ]
     return [line for line in lines if len(line.scores(1))]
@@ -273,6 +275,7 @@ COMPARED = (  # a name for readers, what is asked about in one step, what it is 
     ("PD + SGP over two steps of PD", "pair", "plain", 2),
     ("PD + SGP over brightened PD", "pair", "bright", 1),
     ("PD trained longer over PD", "long", "plain", 1),
+    ("SFERD-PD over PD trained longer", "both", "long", 1),
     ("PD + guidance over PD", "guided", "plain", 1),
     ("PD + guidance over brightened PD", "guided", "bright", 1),
     ("guidance at random places over guidance", "random", "guided", 1),
@@ -284,6 +287,7 @@ COMPARED = (  # a name for readers, what is asked about in one step, what it is 
     ("CD + guidance over CD", "guided, CD", "CD", 1),
     ("CD + SGP over CD", "pair, CD", "CD", 1),
     ("SFERD-CD over CD", "both, CD", "CD", 1),
+    ("SFERD-CD over CD trained longer", "both, CD", "long, CD", 1),
     ("SFERD-CD over CD + SGP: what guidance adds", "both, CD", "pair, CD", 1),
 )
 
@@ -303,12 +307,13 @@ def compared_lines() -> dict[str, tuple[Line, Line | None]]:
             for name, row in (("plain", plain), ("teacher", TEACHER), ("CD", PLAIN["cd"]))
         },
         "bright": (brightened(plain, own), brightened(plain, f"{far}-contrast")),
-        "long": line(plain, "long", "long"),
+        "long": line(plain, "long", "longest"),
+        "long, CD": line(PLAIN["cd"], "long"),
         "guided": line(guided, "guidance-x0", "guidance-x0"),
         **{name: (Line("", guided, own, f"mask-x0-{name}"), Line("", guided, f"{far}-mask-x0", f"{far}-mask-x0-{name}")) for name in MASKS},
         "pair": line(sgp, "improved", "improved"),
         "mixture": line(sgp, "chain", "improved-mixture"),
-        "blind": line(sgp, "blind"),
+        "blind": line(sgp, "blind", "blind"),
         "both": line(both, "improved-x0", "improved-x0"),
         "in order": line(replace(sgp, sgp="walk"), "paper", "paper"),
         "both in order": line(replace(both, sgp="walk"), "paper-x0", "paper"),
