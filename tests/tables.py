@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -25,6 +25,15 @@ PLAIN = {method: Row(method, sampler="ddim" if method == "pd" else "consistency"
 TEACHER = Row("teacher", sampler="ddim")
 FORM = {"pd": "x0", "cd": "x0-cd"}  # how the digits' studies of both parts with guidance in the paper's form end
 MASKS = "random", "inverse", "full"  # of the controls with guidance in the paper's form
+TUNED = {  # the digits' trials of plain PD with the pair's training, each with one setting changed: how its runs are called
+    **{f"learning rate {rate}": f"pd_lr-{rate}" for rate in (0.0005, 0.002, 0.004)},
+    **{f"average's decay {decay}": f"ema_decay-{decay}" for decay in (0.95, 0.998)},
+    "loss on x0": "pd_loss-x0_snr",
+    "a longer last stage": "pd_stage_steps-200x400x1400",
+    "from 4 steps": "pd_start_steps-4-pd_stage_steps-800x1200",
+    "from 16 steps": "pd_start_steps-16-pd_stage_steps-400x400x400x800",
+    "twice the batch, half the steps": "batch_size-128-pd_stage_steps-200x400x400",
+}
 FACTORS = "1.05", "1.1", "1.15", "1.2"  # of the control of contrast
 
 
@@ -94,6 +103,7 @@ def digits(method: str) -> list[Line]:
     lines = [
         Line(upper, PLAIN[method], "digits"),
         Line(f"{upper}, trained longer", PLAIN[method], own, "long"),
+        *(Line(f"the same, {name}", PLAIN[method], "digits-tuning", f"tuning-{run}") for name, run in TUNED.items()),
         *(Line(f"{upper}, images {factor} times as far from black", PLAIN[method], own, f"contrast-{factor}") for factor in FACTORS),
         Line(f"{upper} + guidance, the paper's form (x0)", guided, own, "guidance-x0"),
         *(Line(f"the same, mask: {name}", guided, own, f"mask-x0-{name}") for name in MASKS),
@@ -259,10 +269,14 @@ def headline() -> str:
     return markdown(columns, lines)
 
 
+def best(plain: Row, folder: str, studies: Iterable[str]) -> Line:
+    """The line of whichever study is best in one step."""
+    return min((Line("", plain, folder, study) for study in studies), key=lambda line: line.scores(1).mean())
+
+
 def brightened(plain: Row, folder: str) -> Line:
     """A student's images stretched away from black by whichever factor is best for them."""
-    lines = [Line("", plain, folder, f"contrast-{factor}") for factor in FACTORS]
-    return min(lines, key=lambda line: line.scores(1).mean())
+    return best(plain, folder, (f"contrast-{factor}" for factor in FACTORS))
 
 
 COMPARED = (  # a name for readers, what is asked about in one step, what it is held against, in how many steps
@@ -275,7 +289,9 @@ COMPARED = (  # a name for readers, what is asked about in one step, what it is 
     ("PD + SGP over two steps of PD", "pair", "plain", 2),
     ("PD + SGP over brightened PD", "pair", "bright", 1),
     ("PD trained longer over PD", "long", "plain", 1),
+    ("the same, the best of ten settings", "tuned", "plain", 1),
     ("SFERD-PD over PD trained longer", "both", "long", 1),
+    ("SFERD-PD over the best of ten settings", "both", "tuned", 1),
     ("PD + guidance over PD", "guided", "plain", 1),
     ("PD + guidance over brightened PD", "guided", "bright", 1),
     ("guidance at random places over guidance", "random", "guided", 1),
@@ -308,7 +324,8 @@ def compared_lines() -> dict[str, tuple[Line, Line | None]]:
         },
         "bright": (brightened(plain, own), brightened(plain, f"{far}-contrast")),
         "long": line(plain, "long", "longest"),
-        "long, CD": line(PLAIN["cd"], "long"),
+        "tuned": (best(plain, "digits-tuning", (f"tuning-{run}" for run in TUNED.values())), None),
+        "long, CD": line(PLAIN["cd"], "long", "longest"),
         "guided": line(guided, "guidance-x0", "guidance-x0"),
         **{name: (Line("", guided, own, f"mask-x0-{name}"), Line("", guided, f"{far}-mask-x0", f"{far}-mask-x0-{name}")) for name in MASKS},
         "pair": line(sgp, "improved", "improved"),

@@ -319,6 +319,7 @@ def test_lists_given_as_text_are_lists() -> None:
 # By folder of results: what its studies leave to the command line, and of some older runs what does not bear on the rows kept of them.
 BESIDE = {
     "digits-controls": {"contrast", "guidance_form", "guidance_weight", "guidance_threshold"},
+    "digits-tuning": {"pd_lr", "ema_decay", "pd_loss", "batch_size", "pd_start_steps", "pd_stage_steps", "sampling_steps"},
     "fashion16-contrast": {"contrast"},
     "fashion16": {"guided", "sgp", "sgp_distil_steps", "sgp_start_steps"},
 }

@@ -68,6 +68,7 @@ def weighted(form: str, weight: float, threshold: float = 1.0) -> str:
 CONTROLS, FASHION, KERNEL = "digits-controls/metrics.csv", "fashion16/metrics.csv", "fashion16-kernel/metrics.csv"
 ERROR, MECHANISM, PARTS = "reconstruction_mse", "mechanism/digits.csv", ("term", "where", "seed")
 ORDER, ONE_CODE = "fashion16-paper/metrics.csv", "method == 'pd' and steps == 1"
+LONGEST, TUNED = "fashion16-longest/metrics.csv", "run.str.startswith('tuning-pd_start_steps-16-')"
 MASKS, GARMENTS = "fashion16-mask-x0/metrics.csv", "mechanism/fashion16.csv"
 CLAIMS = [
     Claim("10_controls", "157e00e4", f"{GUIDED1} and {study('mask-inverse')}", PD1, CONTROLS, "digits/metrics.csv"),
@@ -123,6 +124,7 @@ CLAIMS = [
     Claim("11_evidence", "b1a40006", with_both("improved-x0"), with_both("improved"), CONTROLS),
     Claim("11_evidence", "b1a40006", with_both("improved"), pair(more=study("improved")), CONTROLS),
     Claim("11_evidence", "b1a40006", f"{PD1} and {study('long')}", pair(more=study("improved")), CONTROLS),
+    Claim("11_evidence", "b1a40006", f"{PD1} and {TUNED}", f"{PD1} and {study('long')}", "digits-tuning/metrics.csv", CONTROLS),
     Claim("11_evidence", "b1a40006", f"{TEACHER} and steps == 64", PD1),
     Claim("11_evidence", "evidence-21", pair(), PD1),
     Claim("11_evidence", "evidence-23", PD1, f"{TEACHER} and steps == 64", FASHION),
@@ -163,6 +165,11 @@ CLAIMS = [
     Claim("11_evidence", "2c6d200b", pair(), f"{PD1[:-1]}2", FASHION),
     Claim("11_evidence", "d5b1f5ae", PD1, pair(), "fashion16-long/metrics.csv", KERNEL),
     Claim("11_evidence", "d5b1f5ae", PD1, PD1, "fashion16-long/metrics.csv", FASHION),
+    Claim("11_evidence", "fair-01", PD1, PD1, LONGEST, FASHION),
+    Claim("11_evidence", "fair-01", CD1, CD1, LONGEST, FASHION),
+    Claim("11_evidence", "fair-01", BOTH1, PD1, "fashion16-improved-x0/metrics.csv", LONGEST),
+    Claim("11_evidence", "fair-01", f"{CD1} and guidance and z == 'prior'", CD1, "fashion16-improved-x0/metrics.csv", LONGEST),
+    Claim("11_evidence", "fair-01", pair(), pair(), "fashion16-blind/metrics.csv", "fashion16-improved/metrics.csv"),
     Claim("11_evidence", "evidence-recall-code", pair(), PD1, FASHION),
     Claim("11_evidence", "native-01", BOTH1, PD1, "fashion28/metrics.csv"),
     Claim("11_evidence", "native-01", GUIDED1, PD1, "fashion28/metrics.csv"),
