@@ -34,9 +34,10 @@ def test_every_run_of_a_study_is_in_a_table() -> None:
     lines = [*tables.digits("pd"), *tables.digits("cd"), *tables.fashion("pd"), *tables.fashion("cd"), *tables.undistilled()]
     lines += [line for name in ("fashion28", "patches") for method in tables.PLAIN for line in tables.one_study(name, method)]
     told = {(line.folder, line.study) for line in lines}
-    controls = tables.rows_of("digits-controls")["run"].str.replace(r"-seed\d+$", "", regex=True)
-    studies = {study for study in controls if not study.startswith(("guidance-eps-", "guidance-x0-", "teacher"))}
-    assert studies == {study for folder, study in told if folder == "digits-controls"}
+    for several in ("digits-controls", "digits-tuning"):
+        names = tables.rows_of(several)["run"].str.replace(r"-seed\d+$", "", regex=True)
+        studies = {study for study in names if not study.startswith(("guidance-eps-", "guidance-x0-", "teacher"))}
+        assert studies == {study for folder, study in told if folder == several}
     folders = {path.parent.name for path in tables.RESULTS.glob("*/metrics.csv")}
     assert folders == {folder for folder, _ in told}
 
@@ -74,6 +75,17 @@ def test_the_brightened_images_are_those_of_the_best_factor(monkeypatch: pytest.
     values = dict(zip(tables.FACTORS, (3.0, 1.0, 2.0, 4.0), strict=True))
     monkeypatch.setattr(tables, "rows_of", lambda folder, study: pd.DataFrame([{**line, "value": values[study.removeprefix("contrast-")]}]))
     assert tables.brightened(row, "digits-controls").study == f"contrast-{tables.FACTORS[1]}"
+
+
+def test_the_best_study_is_that_of_the_seeds_which_all_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = tables.PLAIN["pd"]
+    line = {**{name: getattr(row, name) for name in Row.__dataclass_fields__}, "steps": 1, "metric": "fd"}
+    values = {"one seed": {1: 2.0}, "two seeds": {1: 1.0, 2: 9.0}, "another": {1: 3.0, 2: 0.5}}  # by all its seeds another would be
+    found = {
+        study: pd.DataFrame([{**line, "seed": seed, "value": value} for seed, value in told.items()]) for study, told in values.items()
+    }
+    monkeypatch.setattr(tables, "rows_of", lambda folder, study: found[study])
+    assert tables.best(row, "digits-tuning", found).study == "two seeds"
 
 
 def test_a_comparison_is_of_the_rows_that_it_names() -> None:
